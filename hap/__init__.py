@@ -1,0 +1,50 @@
+"""Hessian-aware pruning and neural implants: the method of the paper, and nothing that meets files or time.
+
+References, cited as [key] in the docstrings:
+
+[Yu22]         Yu, Yao, Gholami, Dong, Kim, Mahoney, Keutzer. Hessian-Aware Pruning and Optimal Neural Implant. WACV 2022.
+[HAP-code]     github.com/yaozhewei/HAP at 1551d77, the published code.
+[LeCun90]      LeCun, Denker, Solla. Optimal Brain Damage. NeurIPS 1990.
+[Hutchinson90] Hutchinson. A stochastic estimator of the trace of the influence matrix. Comm. Stat. 19, 1990.
+[Schraudolph02] Schraudolph. Fast curvature matrix-vector products. Neural Computation 14, 2002.
+[Li17]         Li, Kadav, Durdanovic, Samet, Graf. Pruning Filters for Efficient ConvNets. ICLR 2017.
+[Molchanov19]  Molchanov, Mallya, Tyree, Frosio, Kautz. Importance Estimation for Neural Network Pruning. CVPR 2019.
+
+Names are resolved on first use, so that importing `hap` costs nothing and `hap --help` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+class HapError(ValueError):
+    """A mistake of the user's: one line that names the thing, the rule and what was found."""
+
+
+_HOME = {
+    "trace": "tracing",
+    "declare": "tracing",
+    "Feeds": "tracing",
+    "couple": "groups",
+    "Groups": "groups",
+    "exact": "curvature",
+    "hutchinson": "curvature",
+    "CrossEntropy": "curvature",
+    "Curvature": "curvature",
+    "plan": "plan",
+    "Budget": "plan",
+    "Fate": "plan",
+    "Plan": "plan",
+    "apply": "surgery",
+    "mask": "surgery",
+    "merge": "implants",
+}
+__all__ = [*_HOME, "HapError"]  # noqa: PLE0604 (names are resolved lazily below)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hap' has no attribute {name!r}")
+    return getattr(import_module(f"hap.{_HOME[name]}"), name)
