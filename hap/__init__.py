@@ -33,7 +33,6 @@ _HOME = {
     "hutchinson": "curvature",
     "CrossEntropy": "curvature",
     "Curvature": "curvature",
-    "plan": "plan",
     "Budget": "plan",
     "Fate": "plan",
     "Plan": "plan",
@@ -41,7 +40,7 @@ _HOME = {
     "mask": "surgery",
     "merge": "implants",
 }
-__all__ = [*_HOME, "HapError"]  # noqa: PLE0604 (names are resolved lazily below)
+__all__ = [*_HOME, "HapError"]
 
 
 def __getattr__(name: str) -> Any:
