@@ -1,0 +1,42 @@
+"""Workloads: a module a workload, a function `task(seed, *, options) -> Task` in it; knows nothing of pruning."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hap import HapError
+
+if TYPE_CHECKING:
+    from hap.curvature import CrossEntropy
+
+
+class MissingData(HapError):
+    """A data set or checkpoint that is not on this machine: what was looked for, where, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which bytes a task read, for the record."""
+
+    name: str
+    sha256: str
+    official: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained model and everything needed to score it, fine-tune it and judge it."""
+
+    name: str
+    model: nn.Module  # the trained dense model, eval mode
+    loss: "CrossEntropy"
+    batches: Sequence[tuple[Tensor, Tensor]]  # calibration: training images without augmentation
+    train: Callable[[int, torch.Generator], Iterator[tuple[Tensor, Tensor]]]  # one epoch, shuffled and augmented
+    train_size: int  # the samples of one such epoch, so that a schedule can count its steps
+    evaluate: Callable[[nn.Module, str], dict[str, float]]  # "validation" | "test" -> accuracy (percent), loss (nats)
+    example: Tensor  # one sample, batch axis of 1
+    data: Data
