@@ -1,0 +1,186 @@
+"""A fate per group from scores and a budget, with the cost of every plan computed exactly."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from math import ceil, floor
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hap import HapError
+from hap.groups import Groups
+
+
+class Fate(IntEnum):
+    """What happens to a group."""
+
+    DROP = 0
+    IMPLANT = 1
+    KEEP = 2
+
+
+LETTER = {Fate.DROP: "-", Fate.IMPLANT: "o", Fate.KEEP: "#"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove: a fraction of the groups, the parameters or the MACs, exactly one of them.
+
+    `implant`: the share of the pruned groups, those of highest score, that become implants ([HAP-code]: ni_ratio).
+    `layer_limit`: the largest fraction of a layer's rows that may be pruned; one row always stays.
+    """
+
+    params: float | None = None
+    macs: float | None = None
+    groups: float | None = None
+    implant: float = 0.0
+    layer_limit: float = 0.95
+
+    def __post_init__(self) -> None:
+        given = {k: v for k in ("params", "macs", "groups") if (v := getattr(self, k)) is not None}
+        if len(given) != 1:
+            raise HapError(f"budget: exactly one of params, macs, groups expected, found {sorted(given) or 'none'}")
+        if not 0 < self.target < 1:
+            raise HapError(f"budget.{self.unit}: a fraction between 0 and 1 to remove expected, found {self.target}")
+        if not 0 <= self.implant < 1:
+            raise HapError(f"budget.implant: a share of at least 0 and below 1 expected, found {self.implant}")
+        if not 0 < self.layer_limit <= 1:
+            raise HapError(f"budget.layer_limit: a fraction above 0 and at most 1 expected, found {self.layer_limit}")
+
+    @property
+    def unit(self) -> str:
+        """What is counted: params, macs or groups."""
+        return next(k for k in ("params", "macs", "groups") if getattr(self, k) is not None)
+
+    @property
+    def target(self) -> float:
+        """The fraction of it to remove."""
+        return float(getattr(self, self.unit))
+
+
+class Cost(NamedTuple):
+    """What is left of a model: its parameters, MACs per sample of its sliced layers, and groups that are kept."""
+
+    params: int
+    macs: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The fate of every row, a letter each (`#` keep, `o` implant, `-` drop), by module, and what that removes."""
+
+    rows: Mapping[str, str]
+    removed: Mapping[str, float] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
+
+    def fates(self, groups: Groups) -> Int[Tensor, "groups"]:
+        """The fate of each group; HapError when the plan was made for other groups."""
+        wide = {name: s.rows for name, s in groups.shapes.items() if s.mixing}
+        if {name: len(line) for name, line in self.rows.items()} != wide:
+            raise HapError(f"plan: {len(self.rows)} modules and their rows do not fit the {len(wide)} of the model")
+        index = {letter: int(fate) for fate, letter in LETTER.items()}
+        fate = torch.full_like(groups.row_group, int(Fate.KEEP))
+        for name, line in self.rows.items():
+            first = groups.shapes[name].first_row
+            fate[first : first + len(line)] = torch.tensor([index[c] for c in line])
+        of = groups.row_group
+        fates = torch.full((len(groups),), int(Fate.KEEP)).index_copy(0, of[of >= 0], fate[of >= 0])
+        if not torch.equal(_by_row(groups, fates), fate):
+            raise HapError("plan: rows that must share a fate do not, or a frozen row is pruned")
+        return fates
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict, one line a module, so that two plans can be compared by eye."""
+        return {"budget": dict(self.budget), "removed": dict(self.removed), "rows": dict(self.rows)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Plan":
+        """The plan that `to_json` wrote."""
+        rows = data.get("rows")
+        if not isinstance(rows, Mapping) or any(set(str(line)) - set(LETTER.values()) for line in rows.values()):
+            raise HapError(f"plan: rows as a string of '#', 'o' and '-' for each module expected, found {rows!r:.80}")
+        return Plan(dict(rows), dict(data.get("removed", {})), dict(data.get("budget", {})))
+
+
+def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Plan:
+    """Prune the groups of lowest score until the budget is met, and not one more.
+
+    A group whose loss would push a layer over its limit is passed over, so the most sensitive rows of a layer stay.
+    Of the pruned groups, the share `budget.implant` of highest score become implants. Raises HapError when scores are
+    not finite or the budget cannot be met.
+    """
+    if len(scores) != len(groups) or not bool(scores.isfinite().all()):
+        raise HapError(f"scores: {len(groups)} finite numbers expected, found {len(scores)}, some of them not finite")
+    order = _order(groups, scores, budget.layer_limit)
+    whole = cost(groups, torch.full((len(groups),), int(Fate.KEEP)))
+    low, high = 0, len(order)
+    if _removed(groups, order, high, whole, budget)[budget.unit] < budget.target:
+        most = _removed(groups, order, high, whole, budget)[budget.unit]
+        raise HapError(f"budget.{budget.unit}: {budget.target} cannot be removed, at most {most:.4f} within layer_limit")
+    while high - low > 1:  # `high` meets the budget and `low` does not
+        middle = (low + high) // 2
+        met = _removed(groups, order, middle, whole, budget)[budget.unit] >= budget.target
+        low, high = (low, middle) if met else (middle, high)
+    fates = _fates(groups, order, high, budget.implant)
+    letters = [LETTER[Fate(f)] for f in _by_row(groups, fates).tolist()]
+    rows = {n: "".join(letters[s.first_row : s.first_row + s.rows]) for n, s in groups.shapes.items() if s.mixing}
+    asked = {k: v for k, v in asdict(budget).items() if v is not None}
+    return Plan(rows, _removed(groups, order, high, whole, budget), asked)
+
+
+def cost(groups: Groups, fates: Int[Tensor, "groups"]) -> Cost:
+    """What is left when each group meets its fate; a pointwise implant keeps one weight for each slot it reads."""
+    gone = groups.gone(fates == Fate.DROP)
+    implant = _by_row(groups, fates) == Fate.IMPLANT
+    params = groups.params
+    macs = 0
+    for s in groups.shapes.values():
+        rows, slots = slice(s.first_row, s.first_row + s.rows), slice(s.first_slot, s.first_slot + s.slots)
+        left, read = s.rows - int(gone.rows[rows].sum()), s.slots - int(gone.slots[slots].sum())
+        small = int(implant[rows].sum()) if s.implantable else 0
+        # removing whole groups of a grouped convolution leaves each row as many inputs as it had
+        read = read if s.conv_groups == 1 else s.slots // s.conv_groups
+        weights = ((left - small) * s.kernel + small) * read
+        params += weights + left * s.extras - s.rows * (s.slots // s.conv_groups * s.kernel + s.extras)
+        macs += weights * s.positions
+    return Cost(params, macs, int((fates == Fate.KEEP).sum()))
+
+
+def _by_row(groups: Groups, fates: Tensor) -> Int[Tensor, "rows"]:
+    row = torch.full_like(groups.row_group, int(Fate.KEEP))
+    row[groups.row_group >= 0] = fates[groups.row_group[groups.row_group >= 0]]
+    return row
+
+
+def _order(groups: Groups, scores: Tensor, limit: float) -> list[int]:
+    """The groups that may be pruned, least sensitive first, each layer within its limit."""
+    room = [min(floor(limit * s.rows + 1e-9), s.rows - 1) if s.mixing else 0 for s in groups.shapes.values()]
+    module = torch.repeat_interleave(torch.arange(len(room)), torch.tensor([s.rows for s in groups.shapes.values()]))
+    members: list[list[int]] = [[] for _ in range(len(groups))]
+    for row in (groups.row_group >= 0).nonzero()[:, 0].tolist():
+        members[groups.row_group[row]].append(int(module[row]))
+    order = []
+    for group in scores.argsort(stable=True).tolist():
+        need = {m: members[group].count(m) for m in members[group]}
+        if all(room[m] >= rows for m, rows in need.items()):
+            order.append(group)
+            for m, rows in need.items():
+                room[m] -= rows
+    return order
+
+
+def _fates(groups: Groups, order: list[int], pruned: int, implant: float) -> Int[Tensor, "groups"]:
+    fates = torch.full((len(groups),), int(Fate.KEEP))
+    dropped = ceil((1 - implant) * pruned - 1e-9)
+    fates[order[:dropped]] = int(Fate.DROP)
+    fates[order[dropped:pruned]] = int(Fate.IMPLANT)
+    return fates
+
+
+def _removed(groups: Groups, order: list[int], pruned: int, whole: Cost, budget: Budget) -> dict[str, float]:
+    left = cost(groups, _fates(groups, order, pruned, budget.implant))
+    return {k: 1 - getattr(left, k) / max(1, getattr(whole, k)) for k in Cost._fields}

@@ -1,0 +1,191 @@
+"""Stand-ins for the modules of a model: each hands out what it gave in one clean run, and notes what it is handed.
+
+A pass through a tapped model costs only what lies between the modules, which is all that decides where a NaN goes.
+This file knows which modules have rows and slots; what the NaNs mean is the business of `hap.tracing`.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hap import HapError
+
+Call = Callable[[nn.Module, Any], Any]
+BARRIERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+class Seen(NamedTuple):
+    """What each sample of a pass did to each slot, the slots of the sinks after those of the sliced modules."""
+
+    nans: Bool[Tensor, "batch slots"]
+    moved: Bool[Tensor, "batch slots"]
+
+
+def forward(model: nn.Module, example: Any) -> Any:
+    """The model's output; a dict is passed as keywords, a tuple as positional arguments."""
+    if isinstance(example, dict):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def is_mixing(module: nn.Module) -> bool:
+    """Whether each output channel of the module is a weighted sum of its input channels."""
+    return isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, _ConvTransposeNd)
+
+
+def is_channelwise(module: nn.Module) -> bool:
+    """Whether the module maps each channel on its own, with weights or statistics of that channel."""
+    return isinstance(module, _BatchNorm | _InstanceNorm)
+
+
+def axis(module: nn.Module) -> int:
+    """The axis of a module's input and output that counts slots and rows."""
+    return -1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) else 1
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """How many rows and how many slots a sliced module has."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, _ConvNd):
+        return module.out_channels, module.in_channels
+    assert isinstance(module, _BatchNorm | _InstanceNorm)
+    return module.num_features, module.num_features
+
+
+def starts(counts: tuple[int, ...]) -> list[int]:
+    """Where each module's rows (or slots) begin in the numbering of all, and the end."""
+    return [0, *accumulate(counts)]
+
+
+class Taps:
+    """A model whose sliced modules can be replaced by stand-ins for one pass at a time."""
+
+    def __init__(self, model: nn.Module, sliced: dict[str, nn.Module], barriers: dict[str, nn.Module], call: Call) -> None:
+        self.model, self.call = model, call
+        self.names, self.modules = tuple(sliced), tuple(sliced.values())
+        self.index = {module: i for i, module in enumerate(self.modules)}
+        self.tapped = {module: name for name, module in [*sliced.items(), *barriers.items()]}
+        self.rows = tuple(widths(m)[0] for m in self.modules)
+        self.slots = tuple(widths(m)[1] for m in self.modules)
+        self.slot_starts = starts(self.slots)
+        self.inputs: dict[nn.Module, list[torch.Size]] = {m: [] for m in self.tapped}
+        self.outputs: dict[nn.Module, list[Any]] = {m: [] for m in self.tapped}
+
+    def record(self, example: Any) -> None:
+        """Run one sample as it is, and keep what each module gave."""
+        self.example = tree_map(lambda leaf: leaf[:1] if _batched(leaf) else leaf, example)
+        handles = [module.register_forward_hook(self._keep, with_kwargs=True) for module in self.tapped]
+        try:
+            self.call(self.model, self.example)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        shapes = [leaf.shape for leaf in tree_leaves((args, kwargs)) if _batched(leaf)]
+        self.inputs[module].append(shapes[0])
+        # cloned, for the next op may work in place
+        self.outputs[module].append(tree_map(lambda leaf: leaf.clone() if _batched(leaf) else leaf, output))
+
+    def positions(self) -> tuple[int, ...]:
+        """Output positions per sample of each sliced module, over all its calls."""
+        return tuple(sum(y.numel() // r for y in self.outputs[m]) for m, r in zip(self.modules, self.rows, strict=True))
+
+    def send(self, batch: int, writes: dict[int, Tensor], *, outside: bool = False, shaken: int = 0) -> Seen:
+        """One pass of `batch` samples.
+
+        `writes[i]`: [batch, rows of module i], where its output becomes NaN. `outside`: what enters from outside the
+        sliced modules is NaN. `shaken` = n: samples n to 2n repeat the first n with finite noise for the NaN, sample
+        2n is clean, and `moved` compares them.
+        """
+        self.batch, self.writes, self.outside, self.shaken = batch, writes, outside, shaken
+        self.calls = dict.fromkeys(self.tapped, 0)
+        self.seen = Seen(*torch.zeros(2, batch, self.slot_starts[-1], dtype=torch.bool))
+        self.sinks: list[Seen] = []
+        for module in self.tapped:
+            module.forward = self._stand_in(module)  # type: ignore[method-assign]
+        try:
+            output = self.call(self.model, self._repeat(self.example))
+        finally:
+            for module in self.tapped:
+                del module.forward  # type: ignore[attr-defined]
+        self._sink("the output", output, None)
+        return Seen(*(torch.cat(parts, 1) for parts in zip(self.seen, *self.sinks, strict=True)))
+
+    def _stand_in(self, module: nn.Module) -> Callable[..., Any]:
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            call = self.calls[module]
+            self.calls[module] += 1
+            if module in self.index:
+                return self._sliced(module, call, next(leaf for leaf in tree_leaves((args, kwargs)) if _batched(leaf)))
+            self._sink(self.tapped[module], (args, kwargs), axis(module) if isinstance(module, BARRIERS) else None)
+            return self._repeat(self.outputs[module][call])
+
+        return stand_in
+
+    def _sliced(self, module: nn.Module, call: int, x: Tensor) -> Tensor:
+        index, clean = self.index[module], self.outputs[module][call]
+        first, *rest = self.inputs[module][call]
+        if x.shape != (self.batch * first, *rest):
+            raise HapError(
+                f"{self.tapped[module]}: the batch must lead the input of a traced module, found {tuple(x.shape)} where "
+                f"one sample gives {(first, *rest)}; pass opaque=[...] to leave it whole"
+            )
+        where = slice(self.slot_starts[index], self.slot_starts[index + 1])
+        for noted, found in zip(self.seen, self._look(x, axis(module)), strict=True):
+            noted[:, where] |= found
+        y = clean.repeat(self.batch, *[1] * (clean.dim() - 1))
+        return self._write(y, self.writes[index], axis(module) % y.dim(), index) if index in self.writes else y
+
+    def _repeat(self, value: Any) -> Any:
+        """The clean value for each sample of the pass; NaN when the outside is probed."""
+
+        def repeat(leaf: Any) -> Any:
+            if not _batched(leaf):
+                return leaf
+            wide = leaf.repeat(self.batch, *[1] * (leaf.dim() - 1))
+            return wide.fill_(torch.nan) if self.outside and wide.is_floating_point() else wide
+
+        return tree_map(repeat, value)
+
+    def _look(self, x: Tensor, feature: int) -> Seen:
+        x = x.movedim(feature, -1).reshape(self.batch, -1, x.shape[feature])
+        nans = x.sum(1).isnan()
+        moved = torch.zeros_like(nans)
+        if n := self.shaken:
+            still = x[2 * n]
+            moved[:n] = (x[n : 2 * n] - still).abs().amax(1) > 1e-3 * still.abs().amax()
+        return Seen(nans.cpu(), moved.cpu())
+
+    def _sink(self, name: str, value: Any, feature: int | None) -> None:
+        """What reaches a barrier or the output: a row that does is frozen, whichever feature it reaches."""
+        for leaf in tree_leaves(value):
+            if not _batched(leaf) or not leaf.is_floating_point():
+                continue
+            if leaf.shape[0] % self.batch:
+                raise HapError(f"{name}: the batch must lead, found {tuple(leaf.shape)} for a batch of {self.batch}")
+            flat = leaf if feature is not None else leaf.reshape(self.batch, -1)
+            self.sinks.append(self._look(flat, 1 if feature is None else feature))
+
+    def _write(self, y: Tensor, where: Tensor, feature: int, seed: int) -> Tensor:
+        blocks = y.reshape(self.batch, -1, *y.shape[1:])
+        shape = [self.batch, *[1] * y.dim()]
+        shape[feature + 1] = y.shape[feature]
+        mask = where.to(y.device).reshape(shape)
+        if n := self.shaken:
+            noise = torch.rand(blocks[:n].shape, generator=torch.Generator().manual_seed(seed)).to(y)
+            blocks[n : 2 * n] += mask[:n] * (0.5 + noise) * (1 + blocks[:n].abs())
+        return blocks.masked_fill(mask, torch.nan).reshape(y.shape)
+
+
+def _batched(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
