@@ -3,6 +3,7 @@
 import inspect
 import json
 import pkgutil
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
@@ -92,8 +93,8 @@ def build(where: str, cls: type[Built], table: dict[str, Any]) -> Built:
     try:
         return cls(**table)
     except HapError as error:
-        named = [field for field in table if field in str(error).split()[:3]]
-        raise HapError(f"{join(where, *named[:1])}: {error}") from None
+        named = set(re.findall(r"\w+", str(error))) & table.keys()
+        raise HapError(f"{join(where, *named) if len(named) == 1 else where}: {error}") from None
 
 
 def _bind(where: str, function: Callable[..., Any], role: Role, table: dict[str, Any]) -> None:

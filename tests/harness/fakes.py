@@ -1,0 +1,139 @@
+"""Functions that a spec of the tests can name, a spec that reads, and runs made up of numbers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+SPEC = """
+title = "A made-up table"
+paper = "[Yu22]"
+tier = "quick"
+seeds = [0, 1, 2]
+task = {use = "fakes:task", width = 8}
+
+[finetune]
+epochs = 2
+lr = 0.1
+
+[cases.hap]
+score = {use = "fakes:score", curvature = "exact"}
+implant = "fakes:implant"
+budget = {params = 0.7, implant = 0.1}
+
+[cases.random]
+like = "hap"
+score = "fakes:random"
+
+[[claims]]
+text = "more than 70 % of the parameters go"
+source = "[Yu22] abstract"
+case = "hap"
+metric = "params_pruned"
+op = ">="
+value = 70
+
+[[claims]]
+text = "hap is no worse than random"
+source = "the suite"
+case = "hap"
+against = "random"
+metric = "accuracy"
+op = ">="
+value = 0
+tolerance = 0.5
+"""
+
+
+def task(seed: int, *, width: int = 4) -> None:
+    """A workload with one option."""
+
+
+def hungry_task(seed: int, *, width: int) -> None:
+    """A workload with an option that must be given."""
+
+
+def score(model, loss, batches, groups, *, rng, curvature: Literal["exact", "hutchinson"] = "exact", probes: int = 3):
+    """A score with typed options."""
+
+
+def random(model, loss, batches, groups, *, rng):
+    """A score without options."""
+
+
+def open_score(model, loss, batches, groups, **options):
+    """A score that takes anything."""
+
+
+def no_rng(model, loss, batches, groups):
+    """A score that forgot the generator."""
+
+
+def method(task, groups, budget, *, rng, steps: int = 1):
+    """A method with one option."""
+
+
+def implant(module, rows, inputs):
+    """An implant."""
+
+
+not_a_function = 3
+
+
+def write_spec(folder: Path, text: str = SPEC, name: str = "table") -> Path:
+    """A spec under reproductions/ of `folder`."""
+    path = folder / "reproductions" / f"{name}.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def fake_run(case: Any, seed: int, **changes: Any) -> Any:
+    """A record of `case` whose numbers depend on nothing but `seed`; `changes` overrides fields."""
+    from hap.harness.run import Run
+
+    def stage(accuracy: float) -> dict[str, float]:
+        return {"accuracy": accuracy, "loss": 1 - accuracy / 100}
+
+    made = Run(
+        schema=1,
+        spec=case.spec,
+        case=case.name,
+        key=case.key,
+        seed=seed,
+        config=case.config,
+        metrics={
+            "dense": stage(95.0),
+            "one_shot": stage(60.0 + seed),
+            "selected": stage(94.0 + seed / 10),
+            "last": stage(94.0),
+            "best_test_epoch": stage(94.5 + seed / 10),
+        },
+        epochs=[
+            {"epoch": 0, "lr": 0.1, "train_loss": 0.5, "validation": stage(94.0), "test": stage(94.0), "seconds": 1.0}
+        ],
+        plan={},
+        cost={
+            "dense": {"params": 1000, "macs": 5000, "latency_seconds": {"1": 0.001, "64": 0.020}},
+            "pruned": {"params": 280, "macs": 2000, "latency_seconds": {"1": 0.001, "64": 0.010}},
+        },
+        seconds={
+            "task": 1.0,
+            "trace": 0.1,
+            "score": 2.0 + seed,
+            "plan": 0.1,
+            "apply": 0.1,
+            "finetune": 9.0,
+            "evaluate": 1.0,
+        },
+        environment={"python": "3.11"},
+        code={"commit": "abc", "dirty": False, "sha256": "0" * 64},
+        data={"name": "digits", "sha256": "1" * 64, "official": True, "note": ""},
+        created="2026-11-21T12:00:00+00:00",
+    )
+    return replace(made, **changes)
+
+
+def with_accuracy(run: Any, stage: str, accuracy: float, loss: float | None = None) -> Any:
+    """The run with another accuracy, and loss, at one stage."""
+    measured = {"accuracy": accuracy, "loss": 1 - accuracy / 100 if loss is None else loss}
+    return replace(run, metrics={**run.metrics, stage: measured})
