@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hap.curvature import CrossEntropy
 
 
-class MissingData(HapError):
+class MissingData(HapError):  # noqa: N818  (the CLI and the tests say what is missing, not that it is an error)
     """A data set or checkpoint that is not on this machine: what was looked for, where, and how to get it."""
 
 
