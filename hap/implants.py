@@ -1,0 +1,113 @@
+"""What stands in for the rows of moderate sensitivity: a pointwise convolution in place of a spatial one ([Yu22])."""
+
+import copy
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from hap import HapError
+from hap.groups import implantable
+from hap.surgery import Inputs, Patch, resize
+
+
+def zero(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
+    """A pointwise convolution of zeros, to be learnt in fine-tuning.
+
+    # upstream: the published code slices the centre tap and then zeroes it, so this is what its results start from.
+    """
+    pointwise = centre_tap(module, rows, inputs)
+    for p in pointwise.parameters():
+        nn.init.zeros_(p)
+    return pointwise
+
+
+def centre_tap(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
+    """A pointwise convolution with the trained centre of each kernel, as in the figure of [Yu22]."""
+    assert isinstance(module, _ConvNd)
+    pointwise = resize(copy.deepcopy(module), rows, inputs.slots)
+    assert isinstance(pointwise, _ConvNd)
+    centre = pointwise.weight.detach()
+    for k in module.kernel_size:
+        centre = centre.narrow(centre.dim() - pointwise.weight.dim() + 2, k // 2, 1).movedim(2, -1)
+    pointwise.weight = nn.Parameter(centre.clone())
+    pointwise.kernel_size = pointwise.dilation = (1,) * len(module.kernel_size)
+    pointwise.padding, pointwise.padding_mode = (0,) * len(module.kernel_size), "zeros"
+    pointwise._reversed_padding_repeated_twice = [0, 0] * len(module.kernel_size)
+    return pointwise
+
+
+def least_squares(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
+    """The pointwise convolution nearest to the dense rows in mean squared error over the calibration inputs.
+
+    With z the centre taps of the inputs that are kept (and a constant, where a bias is free), the weights are
+    E[y z^T] E[z z^T]^+ in closed form; so what is dropped is stood in for by what correlates with it, and its mean
+    goes into the bias, or into the BatchNorm that follows. Our choice: [Yu22] learns its implants from zero.
+    """
+    pointwise = centre_tap(module, rows, inputs)
+    assert isinstance(module, _ConvNd) and isinstance(pointwise, _ConvNd)
+    taps = nn.Identity() if len(inputs.slots) == 0 else _Tap(pointwise)
+    dense = resize(copy.deepcopy(module), rows, torch.arange(module.in_channels))
+    zz: Tensor | float = 0.0
+    zy: Tensor | float = 0.0
+    with torch.no_grad():
+        for x in inputs.batches():
+            z = _columns(taps(x.index_select(1, inputs.slots.to(x.device))))
+            if inputs.constant:
+                z = torch.cat([z, torch.ones_like(z[:1])])
+            zz, zy = zz + z @ z.T, zy + z @ _columns(dense(x)).T
+    if not isinstance(zz, Tensor) or not isinstance(zy, Tensor):
+        raise HapError("implant least_squares: calibration batches expected, found none; pass batches= to apply()")
+    return _set(pointwise, (torch.linalg.pinv(zz, hermitian=True) @ zy).T, inputs)
+
+
+def merge(module: nn.Module) -> nn.Module:
+    """One ordinary convolution equal to a Patch with implants: the 1x1 kernels sit at the centre of zeros.
+
+    Raises HapError for a Patch that is not of convolutions. Merging gives up the implants' saving.
+    """
+    if not isinstance(module, Patch) or not all(isinstance(part, _ConvNd) for part in module.parts):
+        raise HapError(f"merge: a Patch of convolutions expected, found {type(module).__name__}")
+    convs = [part for part in module.parts if isinstance(part, _ConvNd)]
+    merged = copy.deepcopy(max(convs, key=lambda conv: conv.weight[0].numel()))
+    size = merged.weight.shape[2:]
+    weights = []
+    for conv in convs:
+        pad = [p for k, wide in zip(conv.weight.shape[:1:-1], reversed(size), strict=True) for p in [(wide - k) // 2] * 2]
+        weights.append(nn.functional.pad(conv.weight.detach(), pad))
+    rows = torch.cat([*weights, torch.zeros_like(weights[0][:1])])[module.order]
+    merged.weight = nn.Parameter(rows)
+    if any(conv.bias is not None for conv in convs):
+        biases = [c.weight.new_zeros(c.out_channels) if c.bias is None else c.bias.detach() for c in convs]
+        merged.bias = nn.Parameter(torch.cat([*biases, biases[0].new_zeros(1)])[module.order])
+    merged.out_channels = len(rows)
+    return merged
+
+
+class _Tap(nn.Module):
+    """The inputs that a pointwise convolution reads, one position for each of its outputs."""
+
+    def __init__(self, pointwise: _ConvNd) -> None:
+        super().__init__()
+        self.stride = pointwise.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        for dim, stride in enumerate(self.stride):
+            x = x.index_select(dim + 2, torch.arange(0, x.shape[dim + 2], stride, device=x.device))
+        return x
+
+
+def _columns(x: Tensor) -> Float[Tensor, "channels positions"]:
+    return x.movedim(1, 0).flatten(1).double()
+
+
+def _set(pointwise: _ConvNd, solution: Tensor, inputs: Inputs) -> nn.Module:
+    weight, like = solution[:, : len(inputs.slots)], pointwise.weight
+    pointwise.weight = nn.Parameter(weight.to(like).reshape(like.shape))
+    if inputs.constant:
+        pointwise.bias = nn.Parameter(solution[:, -1].to(like))
+    return pointwise
+
+
+__all__ = ["centre_tap", "implantable", "least_squares", "merge", "zero"]

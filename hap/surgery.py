@@ -1,0 +1,248 @@
+"""Carry a plan out: `apply` gives a smaller ordinary module, `mask` the same function at full size, its oracle."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from hap import HapError
+from hap.groups import Groups, Shape, components
+from hap.plan import Fate, Plan
+from hap.taps import Call, axis, forward
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an implant may look at: the inputs of the layer in the dense model, over the calibration batches."""
+
+    batches: Callable[[], Iterator[Tensor]]  # each as the dense layer sees it
+    slots: Int[Tensor, "kept"]  # of them, those the implant will be given
+    constant: bool  # whether a bias costs nothing: the layer has one, or a BatchNorm follows that takes it
+
+
+Implant = Callable[[nn.Module, Tensor, Inputs], nn.Module]
+
+
+class Cut(NamedTuple):
+    """What becomes of one module; indices into its own rows and slots."""
+
+    kept: Int[Tensor, "kept"]  # rows computed as before
+    implanted: Int[Tensor, "implanted"]
+    written: Bool[Tensor, "rows"]  # rows that are there to be read, computed or zero
+    slots: Int[Tensor, "slots_kept"]
+    given: Bool[Tensor, "slots"]  # slots that are there to be read
+
+
+class Patch(nn.Module):
+    """Modules that together write one output: each its rows, the rest zero, of the input channels `take`."""
+
+    order: Tensor
+    take: Tensor
+
+    def __init__(self, parts: Iterable[nn.Module], order: Tensor, take: Tensor, axis: int, idle: bool) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.axis, self.idle = axis, idle  # idle: some row is written as zero
+        self.register_buffer("order", order)  # for each row written, its place among those computed
+        self.register_buffer("take", take)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The rows of all parts in the order of the module that the patch replaces."""
+        if len(self.take) < x.shape[self.axis]:
+            x = x.index_select(self.axis, self.take)
+        rows = [part(x) for part in self.parts]
+        if self.idle:
+            rows.append(torch.zeros_like(rows[0].narrow(self.axis, 0, 1)))
+        return torch.cat(rows, self.axis).index_select(self.axis, self.order)
+
+
+def apply(
+    model: nn.Module,
+    groups: Groups,
+    plan: Plan,
+    implant: Implant | None = None,
+    *,
+    batches: Iterable[Any] = (),
+    call: Call = forward,
+) -> nn.Module:
+    """A copy of the model without what the plan drops, and with implants where it says so.
+
+    `batches`: calibration inputs, as `call` takes them, for implants that look at them. Where the coupling leaves a
+    dropped row's slot alive, a `Patch` writes zeros; a BatchNorm that only dropped rows feed is narrowed with them.
+    """
+    cuts = _cuts(groups, plan)
+    small = copy.deepcopy(model)
+    for name, cut in cuts.items():
+        module = small.get_submodule(name)
+        parts = [resize(copy.deepcopy(module), cut.kept, cut.slots)] if len(cut.kept) else []
+        if len(cut.implanted):
+            if implant is None:
+                raise HapError(f"{name}: the plan has implants, so apply() needs an implant, found none")
+            inputs = _inputs(model, groups, name, cut, batches, call)
+            made = implant(model.get_submodule(name), cut.implanted, inputs)
+            parts.append(_absorb(small, groups, cuts, name, cut, made))
+        _replace(small, name, _patched(module, cut, parts))
+    return small.train(model.training)
+
+
+def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
+    """A copy of the same size that computes what `apply` with zero implants computes: the oracle of the tests."""
+    gone, implanted = _gone(groups, plan)
+    masked = copy.deepcopy(model)
+    for name, s in groups.shapes.items():
+        module = masked.get_submodule(name)
+        idle = gone.rows[s.first_row : s.first_row + s.rows] | implanted[s.first_row : s.first_row + s.rows]
+        unread = gone.slots[s.first_slot : s.first_slot + s.slots]
+        if idle.any():
+            module.register_forward_hook(lambda m, _, y, idle=idle: _blank(y, idle, axis(m)))
+        if s.mixing and unread.any():
+            module.register_forward_pre_hook(lambda m, x, unread=unread: (_blank(x[0], unread, axis(m)), *x[1:]))
+    return masked
+
+
+def resize(module: nn.Module, rows: Tensor, slots: Tensor) -> nn.Module:
+    """Keep only these rows and slots of a convolution, linear or channelwise layer, in place."""
+    for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if value.dim() == 0:
+            continue  # num_batches_tracked
+        cut = value.detach().index_select(0, rows.to(value.device))
+        if value.dim() > 1 and getattr(module, "groups", 1) == 1:
+            cut = cut.index_select(1, slots.to(value.device))
+        if isinstance(value, nn.Parameter):
+            setattr(module, name, nn.Parameter(cut, requires_grad=value.requires_grad))
+        else:
+            setattr(module, name, cut)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = len(rows), len(slots)
+    elif isinstance(module, _ConvNd):
+        if module.groups > 1:  # whole groups go
+            module.groups = len(slots) * module.groups // module.in_channels
+        module.out_channels, module.in_channels = len(rows), len(slots)
+    else:
+        assert isinstance(module, _BatchNorm | _InstanceNorm)
+        module.num_features = len(rows)
+    return module
+
+
+def _gone(groups: Groups, plan: Plan) -> tuple[Any, Tensor]:
+    fates = plan.fates(groups)
+    gone = groups.gone(fates == Fate.DROP)
+    able = torch.zeros_like(gone.rows)
+    for s in groups.shapes.values():
+        able[s.first_row : s.first_row + s.rows] = s.implantable
+    free = groups.row_group >= 0
+    implanted = torch.zeros_like(gone.rows)
+    implanted[free] = fates[groups.row_group[free]] == Fate.IMPLANT
+    return gone, implanted & able
+
+
+def _cuts(groups: Groups, plan: Plan) -> dict[str, Cut]:
+    """Rows and slots that share a wire (a position of some tensor) are there as long as one of them is alive."""
+    gone, implanted = _gone(groups, plan)
+    n = len(gone.rows)
+    wire = components(n + len(gone.slots), groups.feeds.edges[0], groups.feeds.edges[1] + n)
+    alive = torch.zeros(n + len(gone.slots), dtype=torch.bool)
+    alive[wire[~torch.cat([gone.rows, gone.slots])]] = True
+    there = alive[wire]
+    cuts = {}
+    for name, s in groups.shapes.items():
+        rows, slots = slice(s.first_row, s.first_row + s.rows), slice(s.first_slot, s.first_slot + s.slots)
+        kept = (~gone.rows[rows] & ~implanted[rows]).nonzero()[:, 0]
+        cut = Cut(
+            kept,
+            implanted[rows].nonzero()[:, 0],
+            there[:n][rows],
+            (~gone.slots[slots]).nonzero()[:, 0],
+            there[n:][slots],
+        )
+        if len(kept) < s.rows or len(cut.slots) < s.slots:
+            cuts[name] = cut
+    return cuts
+
+
+def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module]) -> nn.Module:
+    """One part alone where nothing is selected or scattered, else a Patch."""
+    rows = torch.cat([cut.kept, cut.implanted])
+    place = torch.full((len(cut.written),), len(rows)).index_copy_(0, rows, torch.arange(len(rows)))[cut.written]
+    given = cut.given.cumsum(0) - 1
+    take = given[cut.slots]
+    whole = len(take) == int(cut.given.sum())
+    if len(parts) == 1 and whole and torch.equal(place, torch.arange(len(rows))):
+        return parts[0]
+    if not parts:
+        parts = [resize(copy.deepcopy(module), cut.kept, cut.slots)]
+    device = next((t.device for t in module.state_dict().values()), torch.device("cpu"))
+    idle = bool((place == len(rows)).any())
+    return Patch(parts, place.to(device), take.to(device), axis(module), idle)
+
+
+def _absorb(
+    small: nn.Module, groups: Groups, cuts: dict[str, Cut], name: str, cut: Cut, implant: nn.Module
+) -> nn.Module:
+    """Move the implant's bias into the BatchNorm that reads it, where the layer itself has none."""
+    bias = getattr(implant, "bias", None)
+    if bias is None or groups.shapes[name].extras:
+        return implant
+    norm_name, slots = _reader(groups, groups.shapes[name], cut.implanted)
+    norm = small.get_submodule(norm_name)
+    norm = norm.parts[0] if isinstance(norm, Patch) else norm
+    # the norm may have been narrowed already: the order of modules in a model is not the order of the data
+    if norm_name in cuts and norm.num_features == len(cuts[norm_name].kept):
+        slots = torch.searchsorted(cuts[norm_name].kept, slots)
+    with torch.no_grad():
+        norm.running_mean[slots] -= bias.detach()
+    implant.bias = None
+    return implant
+
+
+def _reader(groups: Groups, shape: Shape, rows: Tensor) -> tuple[str, Tensor]:
+    """The BatchNorm whose channels read these rows and nothing else, and which; ("", none) when there is none."""
+    nowhere = "", torch.empty(0, dtype=torch.long)
+    row, slot = groups.feeds.edges
+    mine = torch.isin(row, rows + shape.first_row)
+    read = slot[mine]
+    if len(read) != len(rows) or int(torch.isin(slot, read).sum()) != len(rows):
+        return nowhere
+    read = read[row[mine].argsort()]
+    for name, s in groups.shapes.items():
+        if not s.mixing and bool(((read >= s.first_slot) & (read < s.first_slot + s.slots)).all()):
+            return name, read - s.first_slot
+    return nowhere
+
+
+def _inputs(model: nn.Module, groups: Groups, name: str, cut: Cut, batches: Iterable[Any], call: Call) -> Inputs:
+    module = model.get_submodule(name)
+    norm = _reader(groups, groups.shapes[name], cut.implanted)[0]
+    tracked = bool(norm) and getattr(model.get_submodule(norm), "running_mean", None) is not None
+
+    def seen() -> Iterator[Tensor]:
+        held: list[Tensor] = []
+        handle = module.register_forward_pre_hook(lambda _, x: held.append(x[0].detach()))
+        try:
+            for batch in batches:
+                with torch.no_grad():
+                    call(model, batch)
+                yield from held
+                held.clear()
+        finally:
+            handle.remove()
+
+    return Inputs(seen, cut.slots, tracked or getattr(module, "bias", None) is not None)
+
+
+def _blank(x: Tensor, where: Tensor, feature: int) -> Tensor:
+    shape = [1] * x.dim()
+    shape[feature] = -1
+    return x.masked_fill(where.to(x.device).reshape(shape), 0.0)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
