@@ -1,0 +1,141 @@
+"""Run <-> results/<spec>/<case>-<key>/seed<k>.json: whole or not at all, made once; does not know what a run means.
+
+A file lock, which the system releases when a process dies, keeps two processes from making the same record.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+import hap.harness.run as procedure
+from hap import HapError
+from hap.harness.binding import mistake, wrong
+from hap.harness.files import atomic_write
+from hap.harness.run import Run
+from hap.harness.spec import Case, Spec
+
+STAGES = ("dense", "one_shot", "selected", "last", "best_test_epoch")
+Say = Callable[[Any], None]
+
+
+def silent(event: Any) -> None:
+    """Says nothing."""
+
+
+def path(results: Path, case: Case, seed: int) -> Path:
+    """Where the evidence of a case and a seed lies."""
+    return results / case.spec / f"{case.name}-{case.key}" / f"seed{seed}.json"
+
+
+def load(file: Path) -> Run:
+    """The record of a file; HapError names the file, the rule and what was found if it is damaged or foreign."""
+    try:
+        run = _read(file.read_bytes())
+        _belongs(run, file)
+    except OSError as error:
+        raise HapError(f"{file}: a record must be readable (found {error.strerror})") from None
+    except HapError as error:
+        raise HapError(f"{file}: damaged record: {error}; delete it or run again with --again") from None
+    return run
+
+
+def save(run: Run, results: Path) -> Path:
+    """Writes a record whole or not at all, and returns where."""
+    file = results / run.spec / f"{run.case}-{run.key}" / f"seed{run.seed}.json"
+    atomic_write(file, (json.dumps(asdict(run), indent=1) + "\n").encode())
+    return file
+
+
+def ensure(case: Case, seed: int, results: Path, *, again: bool = False, say: Say = silent) -> Run:
+    """The record of a case and a seed: the one that is there, else made now; `again` makes it anew."""
+    file = path(results, case, seed)
+    if file.exists() and not again:
+        return load(file)
+    with _locked(file):
+        if file.exists() and not again:  # another process made it while this one waited
+            return load(file)
+        save(procedure.run(case, seed, say=say), results)
+    return load(file)
+
+
+def evidence(spec: Spec, results: Path) -> dict[str, list[Run]]:
+    """Every record there is of a spec, by case, in the order of the seeds."""
+    files = {case.name: [path(results, case, seed) for seed in spec.seeds] for case in spec.cases.values()}
+    return {name: [load(file) for file in each if file.exists()] for name, each in files.items()}
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    lock = file.with_name(f".{file.name}.lock")
+    descriptor = _acquire(lock)
+    try:
+        for left in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(lock: Path) -> int:
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise HapError(f"{lock}: cannot be written ({error.strerror})") from None
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _same(descriptor, lock):
+            return descriptor
+        os.close(descriptor)  # the holder removed the file while this process waited for it
+
+
+def _same(descriptor: int, lock: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), lock.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read(content: bytes) -> Run:
+    try:
+        table = json.loads(content)
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise wrong("file", "must be JSON", str(error)) from None
+    if not isinstance(table, dict) or table.get("schema") != Run.schema:
+        raise wrong("schema", f"must be {Run.schema}", table.get("schema") if isinstance(table, dict) else table)
+    if unknown := table.keys() ^ {field.name for field in fields(Run)}:
+        raise wrong("fields", "must be exactly those of a Run", sorted(unknown))
+    try:
+        run = TypeAdapter(Run).validate_json(content, strict=True)
+    except ValidationError as error:
+        raise mistake("", error) from None
+    _whole(run)
+    return run
+
+
+def _whole(run: Run) -> None:
+    for where, parts, needed in (("metrics", run.metrics, STAGES), ("cost", run.cost, ("dense", "pruned"))):
+        if missing := set(needed) - parts.keys():
+            raise wrong(where, f"must have {', '.join(needed)}; missing", sorted(missing))
+    for stage in STAGES:
+        if missing := {"accuracy", "loss"} - run.metrics[stage].keys():
+            raise wrong(f"metrics.{stage}", "must have accuracy and loss; missing", sorted(missing))
+    for model in ("dense", "pruned"):
+        if missing := {"params", "macs", "latency_seconds"} - run.cost[model].keys():
+            raise wrong(f"cost.{model}", "must have params, macs and latency_seconds; missing", sorted(missing))
+
+
+def _belongs(run: Run, file: Path) -> None:
+    case, _, key = file.parent.name.rpartition("-")
+    place = {"spec": file.parent.parent.name, "case": case, "key": key, "seed": file.stem.removeprefix("seed")}
+    for field, value in place.items():
+        if str(getattr(run, field)) != value:
+            raise wrong(field, f"must be that of its path, {value}", getattr(run, field))

@@ -1,0 +1,244 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from fakes import fake_run, write_spec
+
+from hap import HapError
+from hap.harness import store
+from hap.harness.files import atomic_write
+from hap.harness.spec import load_spec
+
+
+@pytest.fixture
+def case(tmp_path):
+    return load_spec(write_spec(tmp_path)).cases["hap"]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts the runs that a fake procedure makes."""
+    made = []
+
+    def run(case, seed, *, say):
+        made.append((case.name, seed))
+        say("running")
+        return fake_run(case, seed, created=f"made {len(made)}")
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    return made
+
+
+def left_in(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_path_names_spec_case_key_and_seed(case, tmp_path):
+    assert store.path(tmp_path, case, 3) == tmp_path / "table" / f"hap-{case.key}" / "seed3.json"
+
+
+def test_a_record_comes_back_as_it_was_saved(case, tmp_path):
+    run = fake_run(case, 1)
+    file = store.save(run, tmp_path / "results")
+    assert file == store.path(tmp_path / "results", case, 1)
+    assert store.load(file) == run
+    assert left_in(tmp_path / "results") == ["seed1.json"]
+
+
+def test_ensure_makes_a_record_once(case, tmp_path, runs):
+    said = []
+    first = store.ensure(case, 0, tmp_path, say=said.append)
+    assert store.ensure(case, 0, tmp_path, say=said.append) == first
+    assert (runs, said) == ([("hap", 0)], ["running"])
+    assert left_in(tmp_path / "table") == ["seed0.json"]
+
+
+def test_again_repeats(case, tmp_path, runs):
+    assert store.ensure(case, 0, tmp_path).created == "made 1"
+    assert store.ensure(case, 0, tmp_path, again=True).created == "made 2"
+    assert store.ensure(case, 0, tmp_path).created == "made 2"
+
+
+def test_evidence_is_what_is_there_in_the_order_of_the_seeds(tmp_path):
+    spec = load_spec(write_spec(tmp_path))
+    for seed in (2, 0):
+        store.save(fake_run(spec.cases["hap"], seed), tmp_path)
+    found = store.evidence(spec, tmp_path)
+    assert {name: [run.seed for run in runs] for name, runs in found.items()} == {"hap": [0, 2], "random": []}
+
+
+def without(table, *steps):
+    copy = json.loads(json.dumps(table))
+    part = copy
+    for step in steps[:-1]:
+        part = part[step]
+    del part[steps[-1]]
+    return copy
+
+
+DAMAGE = {
+    "empty": (lambda table: "", "file: must be JSON"),
+    "cut short": (lambda table: json.dumps(table)[:-40], "file: must be JSON"),
+    "a list": (lambda table: "[]", "schema: must be 1 (found [])"),
+    "another schema": (lambda table: table | {"schema": 2}, "schema: must be 1 (found 2)"),
+    "a field less": (lambda table: without(table, "plan"), "fields: must be exactly those of a Run (found ['plan'])"),
+    "a field more": (lambda table: table | {"colour": 1}, "(found ['colour'])"),
+    "a wrong type": (lambda table: table | {"seed": "0"}, "seed: Input should be a valid integer (found '0')"),
+    "a wrong number": (
+        lambda table: table | {"metrics": table["metrics"] | {"last": {"accuracy": "high", "loss": 1.0}}},
+        "metrics.last.accuracy: Input should be a valid number",
+    ),
+    "a stage less": (lambda table: without(table, "metrics", "last"), "metrics: must have dense, one_shot"),
+    "no loss": (lambda table: without(table, "metrics", "last", "loss"), "metrics.last: must have accuracy and loss"),
+    "no cost": (lambda table: without(table, "cost", "pruned"), "cost: must have dense, pruned; missing"),
+    "no macs": (lambda table: without(table, "cost", "dense", "macs"), "cost.dense: must have params, macs"),
+    "another seed": (lambda table: table | {"seed": 1}, "seed: must be that of its path, 0 (found 1)"),
+    "another key": (lambda table: table | {"key": "0123456789"}, "key: must be that of its path"),
+    "another case": (lambda table: table | {"case": "x"}, "case: must be that of its path, hap (found 'x')"),
+    "another spec": (lambda table: table | {"spec": "x"}, "spec: must be that of its path, table (found 'x')"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_or_foreign_record_is_refused_in_one_line(case, tmp_path, runs, name):
+    damage, rule = DAMAGE[name]
+    file = store.save(fake_run(case, 0), tmp_path)
+    damaged = damage(json.loads(file.read_text()))
+    file.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+    with pytest.raises(HapError) as caught:
+        store.ensure(case, 0, tmp_path)
+    text = str(caught.value)
+    assert text.startswith(f"{file}: damaged record: ")
+    assert rule in text
+    assert "\n" not in text
+    assert runs == []
+    assert store.ensure(case, 0, tmp_path, again=True).created == "made 1"
+
+
+def test_a_record_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(HapError, match=r"seed0\.json: a record must be readable \(found No such file"):
+        store.load(tmp_path / "table" / "hap-0" / "seed0.json")
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_full_disk_loses_nothing(case, tmp_path, runs, monkeypatch, broken):
+    before = store.ensure(case, 0, tmp_path)
+    monkeypatch.setattr(os, broken, no_space)
+    with pytest.raises(HapError) as caught:
+        store.ensure(case, 0, tmp_path, again=True)
+    file = store.path(tmp_path, case, 0)
+    assert str(caught.value) == (
+        f"{file}: cannot be written (No space left on device); what was there before is untouched"
+    )
+    monkeypatch.undo()
+    assert store.load(store.path(tmp_path, case, 0)) == before
+    assert left_in(tmp_path / "table") == ["seed0.json"]
+
+
+def test_a_disk_that_fills_while_the_bytes_are_written_loses_nothing(tmp_path):
+    """A real full disk: /dev/full takes no byte, so the write itself fails."""
+    file = tmp_path / "x.json"
+    file.write_text("old")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.symlink_to("/dev/full")
+    with pytest.raises(HapError, match=r"x\.json: cannot be written \(No space left on device\)"):
+        atomic_write(file, b"new")
+    assert file.read_text() == "old"
+    assert left_in(tmp_path) == ["x.json"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(case, tmp_path, runs):
+    (tmp_path / "table").write_text("a file where a folder should be")
+    with pytest.raises(HapError, match=r"cannot be written \("):
+        store.ensure(case, 0, tmp_path)
+    assert runs == []
+
+
+def test_an_interrupted_write_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def interrupt(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(tmp_path / "x", b"new")
+    assert left_in(tmp_path) == []
+
+
+CHILD = """
+import sys, time, os
+from pathlib import Path
+import hap.harness.run as procedure
+from hap.harness import store
+from hap.harness.files import atomic_write
+from hap.harness.spec import load_spec
+from fakes import fake_run
+
+def run(case, seed, *, say):
+    with open("log", "a") as log:
+        log.write(f"{os.getpid()}\\n")
+    time.sleep(1.0)
+    return fake_run(case, seed, created=str(os.getpid()))
+
+procedure.run = run
+if sys.argv[1] == "hang":
+    def hang(descriptor):
+        Path("hanging").touch()
+        time.sleep(60)
+    os.fsync = hang
+print(store.ensure(load_spec(Path("reproductions/table.toml")).cases["hap"], 0, Path("results")).created)
+"""
+
+
+def start(folder, how="normal"):
+    places = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen([sys.executable, "-c", CHILD, how], cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_make_one_record(case, tmp_path):
+    both = [start(tmp_path), start(tmp_path)]
+    told = [process.communicate(timeout=60)[0].strip() for process in both]
+    ran = (tmp_path / "log").read_text().split()
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(ran) == 1
+    assert told == ran * 2
+    assert left_in(tmp_path / "results") == ["seed0.json"]
+
+
+def test_a_process_killed_while_it_writes_harms_nothing(case, tmp_path, runs):
+    process = start(tmp_path, "hang")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "hanging").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    file = store.path(tmp_path / "results", case, 0)
+    assert len(left_in(file.parent)) == 2  # a lock that nobody holds and a part of a record
+    assert not file.exists()
+    assert store.ensure(case, 0, tmp_path / "results").created == "made 1"
+    assert left_in(file.parent) == ["seed0.json"]
+
+
+def test_a_saved_record_is_json_a_person_can_read(case, tmp_path):
+    text = store.save(fake_run(case, 0), tmp_path).read_text()
+    assert text.endswith("}\n")
+    assert json.loads(text) == asdict(replace(fake_run(case, 0)))
+    assert oct(store.path(tmp_path, case, 0).stat().st_mode & 0o444) == oct(0o444 & ~umask())
+
+
+def umask():
+    value = os.umask(0)
+    os.umask(value)
+    return value
