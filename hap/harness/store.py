@@ -6,7 +6,7 @@ A file lock, which the system releases when a process dies, keeps two processes 
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -65,9 +65,10 @@ def ensure(case: Case, seed: int, results: Path, *, again: bool = False, say: Sa
     return load(file)
 
 
-def evidence(spec: Spec, results: Path) -> dict[str, list[Run]]:
-    """Every record there is of a spec, by case, in the order of the seeds."""
-    files = {case.name: [path(results, case, seed) for seed in spec.seeds] for case in spec.cases.values()}
+def evidence(spec: Spec, results: Path, cases: Sequence[str | None] | None = None) -> dict[str, list[Run]]:
+    """The records there are of a spec, or of some of its cases, by case and in the order of the seeds."""
+    wanted = [case for case in spec.cases.values() if cases is None or case.name in cases]
+    files = {case.name: [path(results, case, seed) for seed in spec.seeds] for case in wanted}
     return {name: [load(file) for file in each if file.exists()] for name, each in files.items()}
 
 

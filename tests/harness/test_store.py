@@ -72,6 +72,7 @@ def test_evidence_is_what_is_there_in_the_order_of_the_seeds(tmp_path):
         store.save(fake_run(spec.cases["hap"], seed), tmp_path)
     found = store.evidence(spec, tmp_path)
     assert {name: [run.seed for run in runs] for name, runs in found.items()} == {"hap": [0, 2], "random": []}
+    assert list(store.evidence(spec, tmp_path, ("random", None))) == ["random"]
 
 
 def without(table, *steps):

@@ -1,0 +1,192 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scipy.stats  # noqa: F401 - pytester forgets what a test imports, and scipy cannot be imported twice
+from fakes import SPEC, fake_run, with_accuracy, write_spec
+
+from hap.harness import store
+from hap.harness.spec import load_spec
+from hap.harness.tasks import MissingData
+
+
+@pytest.fixture
+def project(pytester, monkeypatch):
+    """A folder of somebody's with one spec, whose runs are made up."""
+    made = []
+
+    def run(case, seed, *, say):
+        made.append((case.name, seed))
+        return fake_run(case, seed)
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other people's plugins take a second a time
+    pytester.made = made
+    pytester.spec = write_spec(pytester.path)
+    pytester.makepyprojecttoml("[tool.other]\nx = 1\n")
+    return pytester
+
+
+def check(pytester, *args):
+    return pytester.runpytest_inprocess("-p", "hap.harness.plugin", "-p", "no:cacheprovider", "-ra", *args)
+
+
+def evidence(project, **accuracies):
+    """Evidence of every case and seed; accuracies: case -> selected accuracy of each seed."""
+    spec = load_spec(project.spec)
+    for case in spec.cases.values():
+        for seed in spec.seeds:
+            run = fake_run(case, seed)
+            if case.name in accuracies:
+                run = with_accuracy(run, "selected", accuracies[case.name][seed])
+            store.save(run, project.path / "results")
+
+
+def test_a_spec_becomes_items(project):
+    result = check(project, "--collect-only", "-q")
+    lines = [line for line in result.outlines if "::" in line]
+    assert [line.split("::")[1] for line in lines] == [
+        "check[table]",
+        *[f"run[{case}-seed{seed}]" for case in ("hap", "random") for seed in range(3)],
+        "claim[1-more-than-70-of-the-parameters-go]",
+        "claim[2-hap-is-no-worse-than-random]",
+    ]
+
+
+def test_only_the_folder_reproductions_is_looked_at(project):
+    for folder in ("other", "reproductions/deeper"):
+        (project.path / folder).mkdir()
+        (project.path / folder / "x.toml").write_text(SPEC)
+    (project.path / "reproductions" / "notes.txt").write_text("no spec")
+    items = [line for line in check(project, "--collect-only", "-q").outlines if "::" in line]
+    assert all(line.startswith("reproductions/table.toml::") for line in items)
+    assert len(items) == 9
+
+
+def test_nothing_happens_in_a_project_without_specs(pytester):
+    pytester.makepyfile("def test_it(): pass")
+    pytester.makepyprojecttoml("[tool.other]\nx = 1\n")
+    check(pytester).assert_outcomes(passed=1)
+
+
+def test_everything_is_made_and_judged_and_then_there_is_nothing_to_do(project):
+    evidence(project, random=[93.0, 93.1, 93.2])
+    for file in (project.path / "results").rglob("seed1.json"):
+        file.unlink()
+    check(project, "reproductions").assert_outcomes(passed=9)
+    assert project.made == [("hap", 1), ("random", 1)]
+    check(project, "reproductions").assert_outcomes(passed=9)
+    assert len(project.made) == 2
+
+
+def test_again_makes_evidence_anew(project):
+    evidence(project)
+    check(project, "-m", "run").assert_outcomes(passed=6, deselected=3)
+    assert project.made == []
+    check(project, "-m", "run", "--again").assert_outcomes(passed=6, deselected=3)
+    assert len(project.made) == 6
+
+
+def test_claims_are_judged_without_a_run(project):
+    evidence(project, random=[93.0, 93.1, 93.25])
+    check(project, "-m", "claim").assert_outcomes(passed=2, deselected=7)
+    assert project.made == []
+
+
+def test_absent_evidence_skips_with_the_reason(project):
+    result = check(project, "-m", "claim")
+    result.assert_outcomes(skipped=2, deselected=7)
+    result.stdout.fnmatch_lines(["SKIPPED*ABSENT: more than 70 %*no evidence for seed 0, 1, 2"])
+
+
+def test_an_undecided_claim_skips_with_the_reason(project):
+    evidence(project, random=[90.0, 94.0, 98.0])
+    result = check(project, "-m", "claim")
+    result.assert_outcomes(passed=1, skipped=1, deselected=7)
+    result.stdout.fnmatch_lines(["SKIPPED*UNDECIDED: hap is no worse*the interval crosses the bound"])
+
+
+def test_a_claim_that_fails_leaves_one_line_and_no_traceback(project):
+    evidence(project, random=[97.0, 97.2, 97.1])
+    result = check(project, "-m", "claim")
+    result.assert_outcomes(passed=1, failed=1, deselected=7)
+    result.stdout.fnmatch_lines(
+        ["FAILS: hap is no worse than random [[]the suite]: observed -3 (*) over 3 seeds, claimed*"]
+    )
+    result.stdout.no_fnmatch_line("*Traceback*")
+    result.stdout.no_fnmatch_line("*plugin.py*")
+
+
+def known(project):
+    project.spec.write_text(SPEC + 'known = "a made-up world"\n')
+
+
+def test_a_claim_known_to_fail_is_an_expected_failure(project):
+    known(project)
+    evidence(project, random=[97.0, 97.2, 97.1])
+    result = check(project, "-m", "claim")
+    result.assert_outcomes(passed=1, xfailed=1, deselected=7)
+    result.stdout.fnmatch_lines(["XFAIL*a made-up world*"])
+
+
+def test_a_claim_known_to_fail_that_holds_fails(project):
+    known(project)
+    evidence(project, random=[93.0, 93.1, 93.25])
+    result = check(project, "-m", "claim")
+    result.assert_outcomes(passed=1, failed=1, deselected=7)
+    result.stdout.fnmatch_lines(["`known` is out of date, remove it: a made-up world (HOLDS: *"])
+
+
+def test_a_claim_known_to_fail_without_evidence_skips(project):
+    known(project)
+    check(project, "-m", "claim").assert_outcomes(skipped=2, deselected=7)
+
+
+def test_a_malformed_spec_fails_in_one_line(project):
+    project.spec.write_text(SPEC.replace("params = 0.7", "params = 7"))
+    result = check(project)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*reproductions/table.toml: cases.hap.budget.params: *7*"])
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_missing_data_skips_a_run_with_the_reason(project, monkeypatch):
+    def run(case, seed, *, say):
+        raise MissingData("cifar10: looked in ./data; get it from the registry")
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    result = check(project, "-m", "run")
+    result.assert_outcomes(skipped=6, deselected=3)
+    result.stdout.fnmatch_lines(["SKIPPED*cifar10: looked in ./data; get it from the registry"])
+
+
+def test_a_run_that_breaks_shows_where(project, monkeypatch):
+    monkeypatch.setattr("hap.harness.run.run", lambda case, seed, *, say: 1 / 0)
+    result = check(project, "-m", "run")
+    result.assert_outcomes(failed=6, deselected=3)
+    result.stdout.fnmatch_lines(["*ZeroDivisionError*"])
+
+
+def test_a_damaged_record_fails_in_one_line(project):
+    evidence(project)
+    file = store.path(project.path / "results", load_spec(project.spec).cases["hap"], 0)
+    file.write_text("{")
+    result = check(project, "-k", "run and hap-seed0")
+    result.assert_outcomes(failed=1, deselected=8)
+    result.stdout.fnmatch_lines([f"*{file}: damaged record: *"])
+
+
+def test_results_may_lie_elsewhere(project, tmp_path):
+    check(project, "-m", "run", f"--results={tmp_path / 'mine'}").assert_outcomes(passed=6, deselected=3)
+    assert len(list((tmp_path / "mine").rglob("seed*.json"))) == 6
+    assert not (project.path / "results").exists()
+
+
+def test_the_plugin_costs_nothing_before_a_spec_is_collected():
+    heavy = ("torch", "pydantic", "scipy", "pandas", "rich", "typer", "numpy")
+    code = f"import sys, hap.harness.plugin; print([m for m in {heavy} if m in sys.modules])"
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert told.stdout.strip() == "[]"
