@@ -1,0 +1,109 @@
+"""Scores: one number a group, higher means keep. A stranger's score is a function of the same signature.
+
+(model, loss, batches, groups, *, rng, **options) -> scores. Nothing here knows budgets or surgery.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hap import HapError
+from hap.curvature import exact, hutchinson
+from hap.groups import Groups
+from hap.losses import Loss
+
+
+def hessian_trace(
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    groups: Groups,
+    *,
+    rng: torch.Generator,
+    curvature: Literal["exact", "hutchinson"] = "exact",
+    columns: int | None = None,
+    probes: int = 300,
+) -> Float[Tensor, "groups"]:
+    """The loss that dropping a group costs to second order, its block of H replaced by its mean curvature.
+
+    s = Tr(H_pp) / (2 p) * ||w_p||^2, with p the number of weights of the group [Yu22, sec. 3]. `columns` as in
+    `exact`; `probes` as in `hutchinson`. # upstream: 3 probes by default, and no 1/2, which changes no ranking.
+    """
+    if curvature == "exact":
+        trace = exact(model, loss, batches, groups, columns=columns, rng=rng).trace
+    elif curvature == "hutchinson":
+        trace = hutchinson(model, loss, batches, groups, probes=probes, rng=rng).trace
+    else:
+        raise HapError(f"hessian_trace: curvature 'exact' or 'hutchinson' expected, found {curvature!r}")
+    assert trace is not None
+    return trace / (2 * _size(model, groups)) * groups.reduce(_weights(model, groups, lambda w: w.square()))
+
+
+def magnitude(
+    model: nn.Module, loss: Loss, batches: Iterable[Any], groups: Groups, *, rng: torch.Generator, order: int = 1
+) -> Float[Tensor, "groups"]:
+    """Mean absolute weight (order 1) or root mean square weight (order 2), comparable across layers.
+
+    # paper: [Li17] sums within one layer; the mean is what makes layers of different width comparable.
+    """
+    if order not in (1, 2):
+        raise HapError(f"magnitude: order 1 or 2 expected, found {order!r}")
+    powers = groups.reduce(_weights(model, groups, lambda w: w.abs() ** order))
+    return (powers / _size(model, groups)) ** (1 / order)
+
+
+def taylor(
+    model: nn.Module, loss: Loss, batches: Iterable[Any], groups: Groups, *, rng: torch.Generator
+) -> Float[Tensor, "groups"]:
+    """The squared first-order change of the loss when a group goes, (sum g w)^2, averaged over batches [Molchanov19]."""
+    names = list(_weights(model, groups, lambda w: w))
+    params = [model.get_parameter(name) for name in names]
+    scores = []
+    was = model.training
+    model.eval()
+    for batch in batches:
+        slopes = torch.autograd.grad(loss(model, batch), params)
+        scores.append(groups.reduce({n: g * p for n, g, p in zip(names, slopes, params, strict=True)}).square())
+    model.train(was)
+    if not scores:
+        raise HapError("taylor: calibration batches expected, found none")
+    return torch.stack(scores).mean(0)
+
+
+def random(
+    model: nn.Module, loss: Loss, batches: Iterable[Any], groups: Groups, *, rng: torch.Generator
+) -> Float[Tensor, "groups"]:
+    """A score without information: the floor every method must beat."""
+    return torch.rand(len(groups), generator=rng)
+
+
+def uniform(
+    model: nn.Module, loss: Loss, batches: Iterable[Any], groups: Groups, *, rng: torch.Generator, order: int = 1
+) -> Float[Tensor, "groups"]:
+    """The same fraction of every layer, its groups of smallest magnitude first.
+
+    A group of several layers counts in the first of them.
+    """
+    scores = magnitude(model, loss, batches, groups, rng=rng, order=order)
+    row = torch.full((len(groups),), len(groups.row_group))
+    of = groups.row_group
+    row.scatter_reduce_(0, of[of >= 0], (of >= 0).nonzero()[:, 0], "amin")
+    ranks = torch.zeros_like(scores)
+    for s in groups.shapes.values():
+        layer = ((row >= s.first_row) & (row < s.first_row + s.rows)).nonzero()[:, 0]
+        ranks[layer] = (scores[layer].argsort().argsort() + 0.5).to(ranks) / max(1, len(layer))
+    return ranks
+
+
+def _weights(model: nn.Module, groups: Groups, function: Any) -> dict[str, Tensor]:
+    """A function of each weight that the groups are made of, by parameter name."""
+    names = [f"{name}.weight" for name, shape in groups.shapes.items() if shape.mixing]
+    return {name: function(model.get_parameter(name).detach()) for name in names}
+
+
+def _size(model: nn.Module, groups: Groups) -> Float[Tensor, "groups"]:
+    """The number of weights of each group."""
+    return groups.reduce(_weights(model, groups, torch.ones_like))

@@ -1,0 +1,98 @@
+"""Squares of per-sample weight gradients, from what a layer was given and the gradient of what it gave."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from hap import HapError
+
+BYTES = 2**24  # of per-sample gradients at a time: they should stay in the cache
+
+
+class Squares(NamedTuple):
+    """Squared gradients of one weight; of the last column alone, what its sampling error needs."""
+
+    total: Tensor  # summed over columns and samples, of the weight's shape
+    last: Float[Tensor, "batch rows"]  # of the last column, summed over each row
+    last_squared: Tensor  # of the last column, squared once more and summed over samples
+
+
+def squared_gradients(
+    module: nn.Module, x: Tensor, grads: Float[Tensor, "columns batch *out"]
+) -> Squares:
+    """Squares of the weight's per-sample gradients, for each column of output gradients.
+
+    With u the patches that the layer reads (its input itself for a linear layer), the gradient of a sample is
+    sum_p g_p u_p^T over positions p. Where there is one position the square is a product of squares, and nothing is
+    formed per sample.
+    """
+    u, g = _patches(module, x), _outputs(module, grads)
+    if u.shape[-1] == 1:
+        squares = _one_position(u[..., 0], g[..., 0])
+    else:
+        n, conv_groups, columns, rows, _ = g.shape
+        size = conv_groups * columns * rows * u.shape[2] * u.element_size()
+        step = max(1, BYTES // size)
+        parts = [_materialised(a, b) for a, b in zip(u.split(step), g.split(step), strict=True)]
+        total, last, squared = zip(*parts, strict=True)
+        squares = Squares(sum(total[1:], total[0]), torch.cat(last), sum(squared[1:], squared[0]))
+    shape = module.weight.shape
+    return Squares(squares.total.reshape(shape), squares.last, squares.last_squared.reshape(shape))
+
+
+def _materialised(u: Tensor, g: Tensor) -> Squares:
+    n, conv_groups, columns, rows, _ = g.shape
+    d = (g.flatten(2, 3) @ u.mT).reshape(n, conv_groups, columns, rows, -1)
+    last = d[:, :, -1].square()
+    total = torch.linalg.vector_norm(d, dim=(0, 2)).square()
+    return Squares(total, last.sum(-1).flatten(1), last.square().sum(0))
+
+
+def _one_position(u: Tensor, g: Tensor) -> Squares:
+    """`u`: [batch, groups, cols], `g`: [batch, groups, columns, rows]."""
+    u2, g2 = u.square(), g.square()
+    total = torch.einsum("ngo,ngi->goi", g2.sum(2), u2)
+    last = g2[:, :, -1]
+    return Squares(
+        total, (last * u2.sum(-1, keepdim=True)).flatten(1), torch.einsum("ngo,ngi->goi", last.square(), u2.square())
+    )
+
+
+def _patches(module: nn.Module, x: Tensor) -> Float[Tensor, "batch groups cols positions"]:
+    if isinstance(module, nn.Linear):
+        return x.reshape(len(x), 1, -1, x.shape[-1]).mT
+    assert isinstance(module, _ConvNd)
+    if module.padding_mode != "zeros" or len(module.kernel_size) > 2:
+        raise HapError(f"curvature: {module} is not known; zero-padded 1-d and 2-d convolutions and nn.Linear are")
+    kernel, stride, dilation, padding = module.kernel_size, module.stride, module.dilation, _padding(module)
+    if len(kernel) == 1:
+        x, kernel, stride, dilation, padding = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation), (0, *padding)
+    if set(kernel) == {1} and not any(padding):
+        u = x[:, :, :: stride[0], :: stride[1]].flatten(2)
+    else:
+        u = F.unfold(x, kernel, dilation, padding, stride)
+    return u.reshape(len(x), module.groups, -1, u.shape[-1])
+
+
+def _padding(module: _ConvNd) -> tuple[int, ...]:
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    if module.padding == "same":
+        both = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(b % 2 for b in both):
+            raise HapError(f"curvature: {module} pads one side more than the other, which is not known")
+        return tuple(b // 2 for b in both)
+    return tuple(int(p) for p in module.padding)
+
+
+def _outputs(module: nn.Module, grads: Tensor) -> Float[Tensor, "batch groups columns rows positions"]:
+    columns, n = grads.shape[:2]
+    if isinstance(module, nn.Linear):
+        return grads.reshape(columns, n, 1, -1, grads.shape[-1]).permute(1, 2, 0, 4, 3)
+    assert isinstance(module, _ConvNd)
+    rows = module.out_channels // module.groups
+    return grads.reshape(columns, n, module.groups, rows, -1).permute(1, 2, 0, 3, 4)
