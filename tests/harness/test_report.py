@@ -1,0 +1,165 @@
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from fakes import SPEC, fake_run, with_accuracy, write_spec
+
+from hap.harness import report, store
+from hap.harness.spec import load_spec
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def spec(tmp_path):
+    return load_spec(write_spec(tmp_path))
+
+
+@pytest.fixture
+def runs(spec):
+    """Three seeds of hap, one of random."""
+    hap = [with_accuracy(fake_run(spec.cases["hap"], seed), "selected", 93.0 + seed) for seed in spec.seeds]
+    return {"hap": hap, "random": [fake_run(spec.cases["random"], 0)]}
+
+
+@pytest.fixture
+def saved(tmp_path, runs):
+    for run in [*runs["hap"], *runs["random"]]:
+        store.save(run, tmp_path / "results")
+    return tmp_path / "results"
+
+
+def test_a_row_a_case_with_mean_and_deviation(spec, runs):
+    table = report.frame(spec, runs)
+    assert list(table["case"]) == ["hap", "random"]
+    assert list(table["seeds"]) == [3, 1]
+    hap = table.iloc[0]
+    assert (hap["selected_accuracy_mean"], hap["selected_accuracy_sd"]) == (94.0, 1.0)
+    assert (hap["one_shot_accuracy_mean"], hap["dense_accuracy_mean"]) == (61.0, 95.0)
+    assert hap["params_pruned_mean"] == pytest.approx(72.0)
+    assert hap["macs_pruned_mean"] == pytest.approx(60.0)
+    assert (hap["score_seconds_mean"], hap["score_seconds_sd"]) == (3.0, 1.0)
+    assert pd.isna(table.iloc[1]["selected_accuracy_sd"])
+
+
+def test_the_table_says_what_it_shows(spec, runs, tmp_path):
+    csv, markdown = report.tables(spec, runs, tmp_path)
+    assert (csv, markdown) == (tmp_path / "tables" / "table.csv", tmp_path / "tables" / "table.md")
+    assert list(pd.read_csv(csv)["seeds_wanted"]) == [3, 3]
+    text = markdown.read_text()
+    assert "| `hap` | 3 | 95.00 | 61.00 ± 1.00 | 94.00 ± 1.00 | 94.60 ± 0.10 | 72.00 | 60.00 | 3.00 ± 1.00 |" in text
+    assert "| `random` | 1 of 3 | 95.00 | 60.00 | 94.00 | 94.50 | 72.00 | 60.00 | 2.00 |" in text
+    assert "best test epoch (%), optimistic" in text
+    assert "FLOPs would be twice as many" in text
+    assert "Data: digits (official), sha256 1111111111111111." in text
+    assert "UNOFFICIAL" not in text
+
+
+def test_an_unofficial_copy_is_called_one(spec, runs, tmp_path):
+    copy = {"name": "cifar10", "sha256": "2" * 64, "official": False, "note": "from a mirror | see below"}
+    changed = {"hap": [fake_run(spec.cases["hap"], 0, data=copy)]}
+    csv, markdown = report.tables(spec, changed, tmp_path)
+    assert "cifar10 (UNOFFICIAL copy), sha256 2222222222222222. from a mirror" in markdown.read_text()
+    assert "UNOFFICIAL" in csv.read_text()
+
+
+def test_a_case_without_evidence_keeps_its_row(spec, tmp_path):
+    _, markdown = report.tables(spec, {}, tmp_path)
+    assert "| `hap` | 0 of 3 | - | - | - | - | - | - | - |" in markdown.read_text()
+
+
+def test_verdicts_tell_claim_source_observation_and_seeds(tmp_path, saved):
+    file = report.summary(tmp_path / "reproductions", saved)
+    text = file.read_text()
+    assert file == saved / "VERDICTS.md"
+    assert (
+        "| 1 | more than 70 % of the parameters go | [Yu22] abstract | params_pruned of hap >= 70 | 72 (72 to 72) | "
+        "**HOLDS** | 3 |"
+    ) in text
+    assert "| **ABSENT**: no evidence for seed 1, 2 | 0 |" in text
+
+
+def test_text_of_a_spec_cannot_break_the_page(tmp_path):
+    write_spec(tmp_path, SPEC.replace("more than 70 %", "<b>more|than</b> 70 %"))
+    text = report.summary(tmp_path / "reproductions", tmp_path / "results").read_text()
+    assert "&lt;b>more\\|than&lt;/b> 70 %" in text
+
+
+def test_what_is_known_is_told_with_the_verdict(tmp_path, saved):
+    write_spec(tmp_path, SPEC.replace("value = 70", 'value = 80\nknown = "a made-up world"'))
+    text = report.summary(tmp_path / "reproductions", saved).read_text()
+    assert "**FAILS** (known: a made-up world)" in text
+
+
+def test_a_spec_that_does_not_read_does_not_hide_the_others(tmp_path, saved):
+    write_spec(tmp_path, "x = 1", name="broken")
+    text = report.summary(tmp_path / "reproductions", saved).read_text()
+    assert "## broken\n\nNot judged. broken.toml: title: is required" in text
+    assert "**HOLDS**" in text
+
+
+def test_equal_evidence_gives_equal_bytes(tmp_path, saved):
+    shutil.copytree(ROOT / "paper_figs", tmp_path / "paper_figs")
+    spec = tmp_path / "reproductions" / "table.toml"
+    first = {file: file.read_bytes() for file in report.write([spec], saved)}
+    second = {file: file.read_bytes() for file in report.write([spec], saved)}
+    assert first == second
+    assert sorted(str(file.relative_to(saved)) for file in first) == [
+        "VERDICTS.md",
+        "figures/table-accuracy_vs_params.pdf",
+        "figures/table-accuracy_vs_params.png",
+        "tables/table.csv",
+        "tables/table.md",
+    ]
+    assert first[saved / "figures" / "table-accuracy_vs_params.png"].startswith(b"\x89PNG")
+    assert b"CreationDate" not in first[saved / "figures" / "table-accuracy_vs_params.pdf"]
+
+
+def test_no_figure_without_records_or_without_scripts(spec, runs, tmp_path):
+    assert report.figures(spec, {}, tmp_path, ROOT) == []
+    assert report.figures(spec, runs, tmp_path, tmp_path) == []
+
+
+def panels(monkeypatch, spec, runs, tmp_path):
+    """What the figure draws, caught before it becomes a file."""
+    from paper_figs import accuracy_vs_params, style
+
+    caught = []
+    monkeypatch.setattr(style, "save", lambda made, stem: caught.append(made) or [])
+    accuracy_vs_params.draw(spec, runs, tmp_path)
+    return caught[0].axes
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_line_a_method_with_bars_from_smallest_to_largest(tmp_path, monkeypatch):
+    spec = load_spec(write_spec(tmp_path, SPEC.split("[[claims]]")[0].replace("params = 0.7", "params = [0.3, 0.7]")))
+    runs = {}
+    for case in spec.cases.values():
+        cost = fake_run(case, 0).cost
+        cost = cost | {"pruned": cost["pruned"] | {"params": round(1000 * (1 - case.budget.params))}}
+        made = [fake_run(case, seed, cost=cost) for seed in spec.seeds]
+        runs[case.name] = [with_accuracy(run, "selected", 90.0 + 3 * run.seed**2) for run in made]
+    axes = panels(monkeypatch, spec, runs, tmp_path)
+    assert [axis.get_title(loc="left") for axis in axes] == ["one-shot", "after fine-tuning"]
+    bars = axes[1].containers
+    assert [bar.get_label() for bar in bars] == ["hap", "random"]
+    assert list(bars[0].lines[0].get_ydata()) == [95.0, 95.0]
+    assert [segment[:, 1].tolist() for segment in bars[0].lines[2][0].get_segments()] == [[90.0, 102.0]] * 2
+    assert list(bars[0].lines[0].get_xdata()) == pytest.approx([30.0, 70.0], abs=1.0)
+    assert axes[1].lines[0].get_label() == "dense, 95.00 %"
+    assert axes[1].get_xlabel() == "parameters left (%)"
+
+
+@pytest.mark.usefixtures("importable")
+def test_one_budget_without_fine_tuning_is_one_panel(tmp_path, monkeypatch):
+    text = SPEC.replace("[finetune]\nepochs = 2\nlr = 0.1", "finetune = false")
+    spec = load_spec(write_spec(tmp_path, text))
+    runs = {name: [fake_run(case, 0)] for name, case in spec.cases.items()}
+    (axis,) = panels(monkeypatch, spec, runs, tmp_path)
+    assert axis.get_xlabel() == "one budget: 28 % of the parameters left"
