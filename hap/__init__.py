@@ -2,7 +2,8 @@
 
 References, cited as [key] in the docstrings:
 
-[Yu22]         Yu, Yao, Gholami, Dong, Kim, Mahoney, Keutzer. Hessian-Aware Pruning and Optimal Neural Implant. WACV 2022.
+[Yu22]         Yu, Yao, Gholami, Dong, Kim, Mahoney, Keutzer.
+               Hessian-Aware Pruning and Optimal Neural Implant. WACV 2022.
 [HAP-code]     github.com/yaozhewei/HAP at 1551d77, the published code.
 [LeCun90]      LeCun, Denker, Solla. Optimal Brain Damage. NeurIPS 1990.
 [Hutchinson90] Hutchinson. A stochastic estimator of the trace of the influence matrix. Comm. Stat. 19, 1990.

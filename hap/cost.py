@@ -27,7 +27,7 @@ def macs(model: nn.Module, example: Any, *, call: Call = forward) -> int:
     with FlopCounterMode(display=False) as counter:
         call(model, example)
     flops = counter.get_flop_counts().get("Global", {})
-    return sum(n for op, n in flops.items() if str(op).rpartition(".")[2] in COUNTED) // 2
+    return sum(int(n) for op, n in flops.items() if str(op).rpartition(".")[2] in COUNTED) // 2
 
 
 @torch.no_grad()
@@ -38,7 +38,9 @@ def latency(
     was, found = model.training, {}
     model.eval()
     for batch in batches:
-        inputs = tree_map(lambda t, b=batch: t[:1].repeat(b, *[1] * (t.dim() - 1)) if isinstance(t, Tensor) else t, example)
+        inputs = tree_map(
+            lambda t, b=batch: t[:1].repeat(b, *[1] * (t.dim() - 1)) if isinstance(t, Tensor) else t, example
+        )
         for _ in range(3):
             call(model, inputs)
         found[batch] = median(_seconds(model, inputs, call) for _ in range(repeats))

@@ -27,7 +27,7 @@ PIECEWISE_LINEAR = frozenset(
     "AccumulateGrad Convolution Addmm Mm T Transpose Permute View ReshapeAlias UnsafeView Relu Hardtanh LeakyRelu "
     "Threshold MaxPool2DWithIndices MaxPool1D AvgPool2D AdaptiveAvgPool2D Mean Add Sub Sum Cat Slice Select Neg "
     "ConstantPadNd NativeBatchNorm CudnnBatchNorm Squeeze Unsqueeze Clone IndexSelect Index AsStrided Expand Split "
-    "SplitWithSizes Alias ToCopy".split()
+    "SplitWithSizes Alias ToCopy".split()  # noqa: SIM905 (one name a line would fill the screen)
 )
 BILINEAR = frozenset({"Mul", "Div", "Bmm"})  # linear as long as only one factor is more than a parameter
 
@@ -208,7 +208,9 @@ class _Moments:
 def _pooled(moments: list[_Moments], masses: list[float]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Mean over batches by mass, and its standard error."""
     share = [m / sum(masses) for m in masses]
-    mean = {n: sum((w * m.mean[n] for w, m in zip(share, moments, strict=True)), torch.zeros(())) for n in moments[0].mean}
+    mean = {
+        n: sum((w * m.mean[n] for w, m in zip(share, moments, strict=True)), torch.zeros(())) for n in moments[0].mean
+    }
     stderr = {}
     for name in mean:
         parts = [w**2 * m.squares[name] / (m.n * (m.n - 1)) for w, m in zip(share, moments, strict=True)]

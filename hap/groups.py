@@ -55,6 +55,7 @@ class Groups:
     _count: int
 
     def __len__(self) -> int:
+        """How many groups there are."""
         return self._count
 
     def reduce(self, values: Mapping[str, Tensor]) -> Float[Tensor, "groups"]:
@@ -137,7 +138,7 @@ def _number(
     for shape in shapes.values():
         mixing[shape.first_row : shape.first_row + shape.rows] = shape.mixing
     free = mixing & ~frozen[label]
-    roots, number = label[free].unique(return_inverse=True)
+    roots, number = torch.unique(label[free], return_inverse=True)
     row_group = torch.full_like(label, -1)
     row_group[free] = number
     params = sum(p.numel() for p in model.parameters())
@@ -148,7 +149,7 @@ def _ambiguous(feeds: Feeds) -> Bool[Tensor, "slots"]:
     """Slots that several rows of one module feed: an output of a head is fed by all queries of the head."""
     module = torch.repeat_interleave(torch.arange(len(feeds.rows)), torch.tensor(feeds.rows))
     row, slot = feeds.edges
-    key, count = (module[row] * len(feeds.frozen_slots) + slot).unique(return_counts=True)
+    key, count = torch.unique(module[row] * len(feeds.frozen_slots) + slot, return_counts=True)
     return torch.zeros_like(feeds.frozen_slots).index_fill_(0, key[count > 1] % len(feeds.frozen_slots), True)
 
 

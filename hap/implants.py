@@ -46,7 +46,8 @@ def least_squares(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
     goes into the bias, or into the BatchNorm that follows. Our choice: [Yu22] learns its implants from zero.
     """
     pointwise = centre_tap(module, rows, inputs)
-    assert isinstance(module, _ConvNd) and isinstance(pointwise, _ConvNd)
+    assert isinstance(module, _ConvNd)
+    assert isinstance(pointwise, _ConvNd)
     taps = nn.Identity() if len(inputs.slots) == 0 else _Tap(pointwise)
     dense = resize(copy.deepcopy(module), rows, torch.arange(module.in_channels))
     zz: Tensor | float = 0.0
@@ -74,7 +75,9 @@ def merge(module: nn.Module) -> nn.Module:
     size = merged.weight.shape[2:]
     weights = []
     for conv in convs:
-        pad = [p for k, wide in zip(conv.weight.shape[:1:-1], reversed(size), strict=True) for p in [(wide - k) // 2] * 2]
+        pad = [
+            p for k, wide in zip(conv.weight.shape[:1:-1], reversed(size), strict=True) for p in [(wide - k) // 2] * 2
+        ]
         weights.append(nn.functional.pad(conv.weight.detach(), pad))
     rows = torch.cat([*weights, torch.zeros_like(weights[0][:1])])[module.order]
     merged.weight = nn.Parameter(rows)

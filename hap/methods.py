@@ -58,7 +58,7 @@ def magnitude(
 def taylor(
     model: nn.Module, loss: Loss, batches: Iterable[Any], groups: Groups, *, rng: torch.Generator
 ) -> Float[Tensor, "groups"]:
-    """The squared first-order change of the loss when a group goes, (sum g w)^2, averaged over batches [Molchanov19]."""
+    """The squared first-order loss change when a group goes, (sum g w)^2, averaged over batches [Molchanov19]."""
     names = list(_weights(model, groups, lambda w: w))
     params = [model.get_parameter(name) for name in names]
     scores = []

@@ -21,9 +21,7 @@ class Squares(NamedTuple):
     last_squared: Tensor  # of the last column, squared once more and summed over samples
 
 
-def squared_gradients(
-    module: nn.Module, x: Tensor, grads: Float[Tensor, "columns batch *out"]
-) -> Squares:
+def squared_gradients(module: nn.Module, x: Tensor, grads: Float[Tensor, "columns batch *out"]) -> Squares:
     """Squares of the weight's per-sample gradients, for each column of output gradients.
 
     With u the patches that the layer reads (its input itself for a linear layer), the gradient of a sample is
@@ -34,13 +32,11 @@ def squared_gradients(
     if u.shape[-1] == 1:
         squares = _one_position(u[..., 0], g[..., 0])
     else:
-        n, conv_groups, columns, rows, _ = g.shape
-        size = conv_groups * columns * rows * u.shape[2] * u.element_size()
-        step = max(1, BYTES // size)
-        parts = [_materialised(a, b) for a, b in zip(u.split(step), g.split(step), strict=True)]
+        step = max(1, BYTES // (g[0, ..., 0].numel() * u.shape[2] * u.element_size()))
+        parts = [_materialised(u[i : i + step], g[i : i + step]) for i in range(0, len(u), step)]
         total, last, squared = zip(*parts, strict=True)
         squares = Squares(sum(total[1:], total[0]), torch.cat(last), sum(squared[1:], squared[0]))
-    shape = module.weight.shape
+    shape = module.get_parameter("weight").shape
     return Squares(squares.total.reshape(shape), squares.last, squares.last_squared.reshape(shape))
 
 

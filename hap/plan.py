@@ -40,6 +40,7 @@ class Budget:
     layer_limit: float = 0.95
 
     def __post_init__(self) -> None:
+        """Refuse a budget that no plan can meet."""
         given = {k: v for k in ("params", "macs", "groups") if (v := getattr(self, k)) is not None}
         if len(given) != 1:
             raise HapError(f"budget: exactly one of params, macs, groups expected, found {sorted(given) or 'none'}")
@@ -76,6 +77,15 @@ class Plan:
     rows: Mapping[str, str]
     removed: Mapping[str, float] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(groups: Groups, fates: Int[Tensor, "groups"], budget: Mapping[str, Any] | None = None) -> "Plan":
+        """The plan that gives each group its fate."""
+        letters = [LETTER[Fate(fate)] for fate in _by_row(groups, fates).tolist()]
+        rows = {n: "".join(letters[s.first_row : s.first_row + s.rows]) for n, s in groups.shapes.items() if s.mixing}
+        whole, left = cost(groups, torch.full_like(fates, int(Fate.KEEP))), cost(groups, fates)
+        removed = {k: 1 - getattr(left, k) / max(1, getattr(whole, k)) for k in Cost._fields}
+        return Plan(rows, removed, budget or {})
 
     def fates(self, groups: Groups) -> Int[Tensor, "groups"]:
         """The fate of each group; HapError when the plan was made for other groups."""
@@ -116,20 +126,22 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
     if len(scores) != len(groups) or not bool(scores.isfinite().all()):
         raise HapError(f"scores: {len(groups)} finite numbers expected, found {len(scores)}, some of them not finite")
     order = _order(groups, scores, budget.layer_limit)
-    whole = cost(groups, torch.full((len(groups),), int(Fate.KEEP)))
+    whole = getattr(cost(groups, torch.full((len(groups),), int(Fate.KEEP))), budget.unit)
+
+    def removed(pruned: int) -> float:
+        return 1 - float(getattr(cost(groups, _fates(groups, order, pruned, budget.implant)), budget.unit) / whole)
+
     low, high = 0, len(order)
-    if _removed(groups, order, high, whole, budget)[budget.unit] < budget.target:
-        most = _removed(groups, order, high, whole, budget)[budget.unit]
-        raise HapError(f"budget.{budget.unit}: {budget.target} cannot be removed, at most {most:.4f} within layer_limit")
+    if not whole or removed(high) < budget.target:
+        most = removed(high) if whole else 0.0
+        raise HapError(
+            f"budget.{budget.unit}: {budget.target} cannot be removed, at most {most:.4f} within layer_limit"
+        )
     while high - low > 1:  # `high` meets the budget and `low` does not
         middle = (low + high) // 2
-        met = _removed(groups, order, middle, whole, budget)[budget.unit] >= budget.target
-        low, high = (low, middle) if met else (middle, high)
-    fates = _fates(groups, order, high, budget.implant)
-    letters = [LETTER[Fate(f)] for f in _by_row(groups, fates).tolist()]
-    rows = {n: "".join(letters[s.first_row : s.first_row + s.rows]) for n, s in groups.shapes.items() if s.mixing}
+        low, high = (low, middle) if removed(middle) >= budget.target else (middle, high)
     asked = {k: v for k, v in asdict(budget).items() if v is not None}
-    return Plan(rows, _removed(groups, order, high, whole, budget), asked)
+    return Plan.of(groups, _fates(groups, order, high, budget.implant), asked)
 
 
 def cost(groups: Groups, fates: Int[Tensor, "groups"]) -> Cost:
@@ -179,8 +191,3 @@ def _fates(groups: Groups, order: list[int], pruned: int, implant: float) -> Int
     fates[order[:dropped]] = int(Fate.DROP)
     fates[order[dropped:pruned]] = int(Fate.IMPLANT)
     return fates
-
-
-def _removed(groups: Groups, order: list[int], pruned: int, whole: Cost, budget: Budget) -> dict[str, float]:
-    left = cost(groups, _fates(groups, order, pruned, budget.implant))
-    return {k: 1 - getattr(left, k) / max(1, getattr(whole, k)) for k in Cost._fields}

@@ -47,10 +47,11 @@ class Patch(nn.Module):
     take: Tensor
 
     def __init__(self, parts: Iterable[nn.Module], order: Tensor, take: Tensor, axis: int, idle: bool) -> None:
+        """`order`: for each row written, its place among those computed; `idle`: some row is zero."""
         super().__init__()
         self.parts = nn.ModuleList(parts)
-        self.axis, self.idle = axis, idle  # idle: some row is written as zero
-        self.register_buffer("order", order)  # for each row written, its place among those computed
+        self.axis, self.idle = axis, idle
+        self.register_buffer("order", order)
         self.register_buffer("take", take)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,17 +189,19 @@ def _absorb(
 ) -> nn.Module:
     """Move the implant's bias into the BatchNorm that reads it, where the layer itself has none."""
     bias = getattr(implant, "bias", None)
-    if bias is None or groups.shapes[name].extras:
+    if not isinstance(bias, Tensor) or groups.shapes[name].extras:
         return implant
     norm_name, slots = _reader(groups, groups.shapes[name], cut.implanted)
     norm = small.get_submodule(norm_name)
     norm = norm.parts[0] if isinstance(norm, Patch) else norm
+    assert isinstance(norm, _BatchNorm | _InstanceNorm)
+    assert norm.running_mean is not None
     # the norm may have been narrowed already: the order of modules in a model is not the order of the data
     if norm_name in cuts and norm.num_features == len(cuts[norm_name].kept):
         slots = torch.searchsorted(cuts[norm_name].kept, slots)
     with torch.no_grad():
         norm.running_mean[slots] -= bias.detach()
-    implant.bias = None
+    implant.register_parameter("bias", None)
     return implant
 
 

@@ -69,7 +69,10 @@ def starts(counts: tuple[int, ...]) -> list[int]:
 class Taps:
     """A model whose sliced modules can be replaced by stand-ins for one pass at a time."""
 
-    def __init__(self, model: nn.Module, sliced: dict[str, nn.Module], barriers: dict[str, nn.Module], call: Call) -> None:
+    def __init__(
+        self, model: nn.Module, sliced: dict[str, nn.Module], barriers: dict[str, nn.Module], call: Call
+    ) -> None:
+        """Tap the `sliced` modules, whose channels are told apart, and the `barriers`, whose are not."""
         self.model, self.call = model, call
         self.names, self.modules = tuple(sliced), tuple(sliced.values())
         self.index = {module: i for i, module in enumerate(self.modules)}
@@ -112,12 +115,12 @@ class Taps:
         self.seen = Seen(*torch.zeros(2, batch, self.slot_starts[-1], dtype=torch.bool))
         self.sinks: list[Seen] = []
         for module in self.tapped:
-            module.forward = self._stand_in(module)  # type: ignore[method-assign]
+            module.forward = self._stand_in(module)
         try:
             output = self.call(self.model, self._repeat(self.example))
         finally:
             for module in self.tapped:
-                del module.forward  # type: ignore[attr-defined]
+                del module.forward
         self._sink("the output", output, None)
         return Seen(*(torch.cat(parts, 1) for parts in zip(self.seen, *self.sinks, strict=True)))
 
@@ -137,8 +140,8 @@ class Taps:
         first, *rest = self.inputs[module][call]
         if x.shape != (self.batch * first, *rest):
             raise HapError(
-                f"{self.tapped[module]}: the batch must lead the input of a traced module, found {tuple(x.shape)} where "
-                f"one sample gives {(first, *rest)}; pass opaque=[...] to leave it whole"
+                f"{self.tapped[module]}: the batch must lead what a traced module reads, found {tuple(x.shape)} "
+                f"where one sample gives {(first, *rest)}; pass opaque=[...] to leave it whole"
             )
         where = slice(self.slot_starts[index], self.slot_starts[index + 1])
         for noted, found in zip(self.seen, self._look(x, axis(module)), strict=True):

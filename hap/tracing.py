@@ -74,7 +74,9 @@ def declare(
         taps.record(example)
     index = {name: i for i, name in enumerate(taps.names)}
     if unknown := ({name for pair in table for name in pair[:2]} | set(frozen)) - set(index):
-        raise HapError(f"declared table: {min(unknown)} is not a convolution, linear or normalisation layer of the model")
+        raise HapError(
+            f"declared table: {min(unknown)} is not a convolution, linear or normalisation layer of the model"
+        )
     pairs = [_declared(taps, index[w], index[r], list(rows), list(slots)) for w, r, rows, slots in table]
     edges = torch.cat([torch.empty(2, 0, dtype=torch.long), *pairs], dim=1)
     unnamed = torch.ones(taps.slot_starts[-1], dtype=torch.bool).index_fill_(0, edges[1], False)
@@ -126,7 +128,7 @@ def _refuse_uncalled(taps: Taps) -> None:
         if module in taps.index and not taps.outputs[module]:
             raise HapError(
                 f"{name} ({type(module).__name__}): not called by the model, so it is unused or its weight is read "
-                f"directly; replace it by nn.Identity if it is unused, else pass opaque=[...] with the module that reads it"
+                f"directly; replace it by nn.Identity in the first case, pass opaque=[its reader] in the second"
             )
 
 
@@ -179,7 +181,7 @@ def _refuse_swallowed(taps: Taps, part: range, nans: Tensor, moved: Tensor) -> N
         where = taps.names[reader] if 0 <= reader < len(taps.names) else "a normalisation or the output"
         says = f"changes {where} but a NaN sent through it does not arrive there" if lost.any() else "reaches nothing"
         raise HapError(
-            f"{taps.names[i]}: its output {says}; an op after it swallows NaN (nan_to_num, where, a comparison, argmax) "
+            f"{taps.names[i]}: its output {says}; an op after it swallows NaN (nan_to_num, where, comparison, argmax) "
             f"or drops it: make the module around it opaque=[...], or give the relation with declare()"
         )
 
@@ -204,7 +206,7 @@ def _decode(taps: Taps, reach: Tensor, colour: list[int]) -> Tensor:
     for i in colour:
         code = (torch.arange(taps.rows[i]) >> torch.arange(bits)[:, None]) & 1
         writes[i] = torch.cat([code, 1 - code]).bool()
-    ones, zeros = taps.send(2 * bits, writes).nans.split(bits)
+    ones, zeros = taps.send(2 * bits, writes).nans.reshape(2, bits, -1)
     writer = torch.tensor(colour)[reach[colour].int().argmax(0)]
     clear = (ones ^ zeros).all(0)
     number = (ones.int() << torch.arange(bits)[:, None]).sum(0) + torch.tensor(starts(taps.rows))[writer]

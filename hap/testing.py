@@ -1,0 +1,99 @@
+"""The conformance kit: what a model, a score or an implant must satisfy to be trusted here.
+
+Each check raises HapError with what was expected and found; use them in the tests of your own method.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from hap import HapError, cost
+from hap.groups import Groups
+from hap.implants import zero
+from hap.losses import Loss
+from hap.plan import Fate, Plan
+from hap.plan import cost as planned
+from hap.surgery import Implant, Inputs, apply, mask
+from hap.taps import Call, forward
+
+Score = Callable[..., Tensor]
+
+
+def random_plan(groups: Groups, rng: torch.Generator, drop: float = 0.4, implant: float = 0.2) -> Plan:
+    """A plan that drops and implants groups at random; one row of every layer is kept."""
+    draw = torch.rand(len(groups), generator=rng)
+    fates = torch.full((len(groups),), int(Fate.KEEP))
+    fates[draw < drop + implant] = int(Fate.IMPLANT)
+    fates[draw < drop] = int(Fate.DROP)
+    for s in groups.shapes.values():
+        of = groups.row_group[s.first_row : s.first_row + s.rows]
+        if s.mixing and bool((of >= 0).all()):
+            fates[of[int(torch.randint(len(of), (), generator=rng))]] = int(Fate.KEEP)
+    return Plan.of(groups, fates)
+
+
+@torch.no_grad()
+def check_groups(
+    model: nn.Module, example: Any, groups: Groups, *, call: Call = forward, trials: int = 4, tolerance: float = 1e-4
+) -> None:
+    """Whether surgery and masking give one function, and cost what was foreseen, on `trials` random plans."""
+    rng = torch.Generator().manual_seed(0)
+    for trial in range(trials):
+        chosen = random_plan(groups, rng, drop=(0.2, 0.5, 0.8)[trial % 3])
+        small, oracle = apply(model, groups, chosen, zero).eval(), mask(model, groups, chosen).eval()
+        try:
+            found = _numbers(call(small, example))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise HapError(f"check_groups: the pruned model does not run ({str(error).splitlines()[0]})") from error
+        expected = _numbers(call(oracle, example))
+        gap = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if not gap <= tolerance:
+            raise HapError(f"check_groups: surgery and masking differ by {gap:.1e} relative, {tolerance:.0e} allowed")
+        left = planned(groups, chosen.fates(groups)).params
+        if left != cost.params(small):
+            raise HapError(f"check_groups: {left} parameters foreseen, {cost.params(small)} found")
+
+
+def check_score(score: Score, model: nn.Module, loss: Loss, batches: Iterable[Any], groups: Groups) -> None:
+    """Whether a score is one finite number a group, repeats under a seed, and leaves the model as it was."""
+    batches = list(batches)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    needs = [p.requires_grad for p in model.parameters()]
+    first, second = (score(model, loss, batches, groups, rng=torch.Generator().manual_seed(0)) for _ in range(2))
+    if first.shape != (len(groups),) or not bool(first.isfinite().all()):
+        raise HapError(f"check_score: {len(groups)} finite numbers expected, found {tuple(first.shape)} or not finite")
+    if first.requires_grad:
+        raise HapError("check_score: the scores carry a gradient; detach them")
+    if not torch.equal(first, second):
+        raise HapError("check_score: two runs with the same seed differ; draw random numbers from rng only")
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    if (
+        changed
+        or modes != [m.training for m in model.modules()]
+        or needs != [p.requires_grad for p in model.parameters()]
+    ):
+        raise HapError(f"check_score: the model was left changed ({changed[0] if changed else 'its modes'})")
+    if any(p.grad is not None for p in model.parameters()):
+        raise HapError("check_score: gradients were left on the parameters; use torch.autograd.grad")
+
+
+@torch.no_grad()
+def check_implant(implant: Implant, module: nn.Module, x: Tensor) -> None:
+    """Whether an implant writes the rows it is asked for, at the places of the module, and leaves the module alone."""
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    y = module(x)
+    for rows, slots in ((torch.tensor([0]), torch.arange(x.shape[1])), (torch.arange(y.shape[1]), torch.tensor([0]))):
+        made = implant(module, rows, Inputs(lambda: iter([x]), slots, True))
+        shape, found = (y.shape[0], len(rows), *y.shape[2:]), made(x.index_select(1, slots)).shape
+        if tuple(found) != shape:
+            raise HapError(f"check_implant: output of shape {shape} expected, found {tuple(found)}")
+    if any(not torch.equal(value, before[name]) for name, value in module.state_dict().items()):
+        raise HapError("check_implant: the module was changed; build a new one")
+
+
+def _numbers(output: Any) -> Tensor:
+    return torch.cat([t.flatten() for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()])
