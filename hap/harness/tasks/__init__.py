@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hap import HapError
-
-if TYPE_CHECKING:
-    from hap.curvature import CrossEntropy
+from hap.losses import CrossEntropy
 
 
 class MissingData(HapError):  # noqa: N818  (the CLI and the tests say what is missing, not that it is an error)
@@ -33,10 +30,11 @@ class Task:
 
     name: str
     model: nn.Module  # the trained dense model, eval mode
-    loss: "CrossEntropy"
+    loss: CrossEntropy
     batches: Sequence[tuple[Tensor, Tensor]]  # calibration: training images without augmentation
     train: Callable[[int, torch.Generator], Iterator[tuple[Tensor, Tensor]]]  # one epoch, shuffled and augmented
     train_size: int  # the samples of one such epoch, so that a schedule can count its steps
     evaluate: Callable[[nn.Module, str], dict[str, float]]  # "validation" | "test" -> accuracy (percent), loss (nats)
     example: Tensor  # one sample, batch axis of 1
     data: Data
+    threads: int | None = None  # CPU threads that serve this size best; None leaves torch's setting

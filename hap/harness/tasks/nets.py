@@ -59,6 +59,7 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, shortcut: str) -> None:
+        """`shortcut`: A or B, where the shape changes."""
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
@@ -78,6 +79,7 @@ class Pad(nn.Module):
     """The parameter-free shortcut: every `stride`-th pixel, with channels of zeros on both sides."""
 
     def __init__(self, more: int, stride: int) -> None:
+        """`more`: channels to add."""
         super().__init__()
         self.more, self.stride = more, stride
 
@@ -91,6 +93,7 @@ class ResNet(nn.Module):
     """Three stages of basic blocks; `widths` are their channels."""
 
     def __init__(self, blocks: int, widths: Sequence[int], shortcut: str, classes: int, channels: int) -> None:
+        """`blocks`: of each stage."""
         super().__init__()
         self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
@@ -110,6 +113,7 @@ class Bottleneck(nn.Module):
     """BN-ReLU-1x1, BN-ReLU-3x3, BN-ReLU-1x1 beside a shortcut from the raw input; the middle as wide as the input."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        """The image is halved where `stride` is 2."""
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, inputs, 1, bias=False)
@@ -133,6 +137,7 @@ class PreResNet(nn.Module):
     """Three stages of pre-activation bottlenecks; `widths` are their channels."""
 
     def __init__(self, blocks: int, widths: Sequence[int], classes: int, channels: int) -> None:
+        """`blocks`: of each stage."""
         super().__init__()
         self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         self.layer1, self.layer2, self.layer3 = (
@@ -151,6 +156,7 @@ class VGG(nn.Module):
     """13 convolutions in five stages with a pooling between two."""
 
     def __init__(self, batch_norm: bool, classes: int) -> None:
+        """`batch_norm`: one after each convolution."""
         super().__init__()
         self.features = nn.Sequential(*_vgg_layers(batch_norm))
         self.classifier = nn.Linear(512, classes)

@@ -1,0 +1,173 @@
+"""Case + seed -> Run: the procedure of the paper, on one screen; does not know where records lie."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from hap import HapError
+from hap.cost import latency, macs, params
+from hap.groups import Groups, couple
+from hap.harness.binding import Ref
+from hap.harness.provenance import code, environment
+from hap.harness.spec import Case
+from hap.harness.tasks import Task
+from hap.harness.training import Curve, Event, Say, State, fit, generator, silent, snapshot, threads
+from hap.plan import Plan, plan
+from hap.surgery import apply
+from hap.tracing import trace
+
+Method = Callable[..., tuple[nn.Module, Plan]]  # (task, groups, budget, *, rng, **options)
+STARTS = {
+    "task": 0.0,
+    "trace": 0.1,
+    "prune": 0.12,
+    "score": 0.12,
+    "plan": 0.2,
+    "apply": 0.2,
+    "finetune": 0.25,
+    "evaluate": 0.9,
+}
+
+
+def run(case: Case, seed: int, *, say: Say = silent) -> "Run":
+    """The record of one case and one seed: score the groups of a trained model, prune them, fine-tune, test [Yu22]."""
+    clock = Clock(say)
+    with clock("task"):
+        task: Task = case.task.load()(seed, **case.task.options)
+    with threads(task.threads):
+        with clock("trace"):
+            groups = couple(task.model, trace(task.model, task.example, call=task.loss.call), case.coupling)
+        prune = one_shot(_bound(case.score), _bound(case.implant), clock) if case.score else _bound(case.method)
+        with clock("prune"):
+            pruned, chosen = prune(task, groups, case.budget, rng=generator(seed, "prune"))
+        before = snapshot(pruned)
+        with clock("finetune"):
+            rng = generator(seed, "finetune")
+            curve = fit(pruned, task, case.finetune, rng=rng, say=clock.during) if case.finetune else Curve([], [])
+        with clock("evaluate"):
+            metrics, epochs = examine(task, pruned, before, curve)
+            cost = {"dense": _cost(task.model, task), "pruned": _cost(pruned, task)}
+        where = environment(task.example.device)
+    return Run(
+        spec=case.spec,
+        case=case.name,
+        key=case.key,
+        seed=seed,
+        config=case.config,
+        metrics=metrics,
+        epochs=epochs,
+        plan=chosen.to_json(),
+        cost=cost,
+        seconds=clock.seconds,
+        environment=where,
+        code=code(),
+        data=asdict(task.data),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def one_shot(score: Callable[..., Any], implant: Any = None, clock: "Clock | None" = None) -> Method:
+    """The method of the paper made of a score and an implant: score once, plan once, apply once."""
+    clock = clock or Clock(silent)
+
+    def method(task: Task, groups: Groups, budget: Any, *, rng: Any) -> tuple[nn.Module, Plan]:
+        with clock("score"):
+            scores = score(task.model, task.loss, task.batches, groups, rng=rng)
+        with clock("plan"):
+            chosen = plan(groups, scores, budget)
+        with clock("apply"):
+            inputs = [inputs for inputs, _ in task.batches]
+            pruned = apply(task.model, groups, chosen, implant, batches=inputs, call=task.loss.call)
+        _agree(task, pruned, chosen)
+        return pruned, chosen
+
+    return method
+
+
+def examine(
+    task: Task, pruned: nn.Module, before: State, curve: Curve
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+    """The stages and the epochs on the test set, which is looked at here and nowhere else, after all is decided."""
+    dense = task.evaluate(task.model, "test")
+    one, *tested = [task.evaluate(_restored(pruned, state), "test") for state in (before, *curve.snapshots)]
+    metrics = {"dense": dense, "one_shot": one, "selected": one, "last": one, "best_test_epoch": one}
+    if tested:
+        # upstream: reports the epoch that is best on the test set; recorded as what it is, and never selected by
+        best = max(tested, key=lambda found: (found["accuracy"], -found["loss"]))
+        metrics |= {"selected": tested[curve.selected], "last": tested[-1], "best_test_epoch": best}
+    return metrics, [{**row, "test": test} for row, test in zip(curve.epochs, tested, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What came of one case and one seed, JSON-able; the order of the fields is the record's."""
+
+    schema: int = 1
+    spec: str
+    case: str
+    key: str
+    seed: int
+    config: dict[str, Any]  # the whole case, as in the spec
+    metrics: dict[str, dict[str, float]]  # dense, one_shot, selected, last, best_test_epoch; all on the test set
+    epochs: list[dict[str, Any]]
+    plan: dict[str, Any]
+    cost: dict[str, dict[str, Any]]  # dense, pruned
+    seconds: dict[str, float]
+    environment: dict[str, Any]
+    code: dict[str, Any]
+    data: dict[str, Any]
+    created: str  # UTC
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Says what begins, and keeps how long it took."""
+
+    say: Say
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """One stage."""
+        self.say(Event(stage, STARTS.get(stage)))
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+    def during(self, event: Event) -> None:
+        """A line from within the fine-tuning, at its place in the whole."""
+        span = STARTS["evaluate"] - STARTS["finetune"]
+        self.say(Event(event, STARTS["finetune"] + span * (event.fraction or 0)))
+
+
+def _bound(ref: Ref | None) -> Any:
+    return ref and partial(ref.load(), **ref.options)
+
+
+def _restored(model: nn.Module, state: State) -> nn.Module:
+    model.load_state_dict(state)
+    return model
+
+
+def _agree(task: Task, pruned: nn.Module, chosen: Plan) -> None:
+    removed = 1 - params(pruned) / params(task.model)
+    if abs(removed - chosen.removed["params"]) > 1e-9:
+        raise HapError(
+            f"{task.name}: the pruned model must be the one planned, with {chosen.removed['params']:.6f} of the "
+            f"parameters removed (found {removed:.6f})"
+        )
+
+
+def _cost(model: nn.Module, task: Task) -> dict[str, Any]:
+    seconds = latency(model, task.example, call=task.loss.call)
+    return {
+        "params": params(model),
+        "macs": macs(model, task.example, call=task.loss.call),
+        "latency_seconds": {str(batch): value for batch, value in seconds.items()},
+    }

@@ -1,0 +1,49 @@
+"""Trained weights kept on disk under everything that decides them; knows nothing of how they are trained."""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from hap.harness.files import atomic_write
+
+
+def cached(
+    name: str,
+    seed: int,
+    decides: Sequence[object],
+    sources: Sequence[ModuleType],
+    train: Callable[[], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The weights of `train()`, from $HAP_CACHE or ./.hap where they lie undamaged.
+
+    Named by the seed, the values in `decides`, the text of the modules in `sources` and the version of torch: a change
+    of any of them trains anew.
+    """
+    texts = [repr(value) for value in decides] + [inspect.getsource(module) for module in sources]
+    key = sha256("\0".join([torch.__version__, str(seed), *texts]).encode()).hexdigest()[:16]
+    file = Path(os.environ.get("HAP_CACHE") or ".hap") / f"{name}-seed{seed}-{key}.safetensors"
+    content = _undamaged(file)
+    if content is None:
+        content = save({key: value.contiguous() for key, value in train().items()})
+        atomic_write(file, content)
+        atomic_write(_beside(file), sha256(content).hexdigest().encode())
+    return load(content)
+
+
+def _undamaged(file: Path) -> bytes | None:
+    try:
+        content, expected = file.read_bytes(), _beside(file).read_bytes()
+    except OSError:
+        return None
+    return content if sha256(content).hexdigest().encode() == expected.strip() else None
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(file.name + ".sha256")
