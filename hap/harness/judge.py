@@ -38,6 +38,11 @@ class Verdict:
     reason: str
 
     @property
+    def surprising(self) -> bool:
+        """Whether a claim fails that should hold, or holds although it is `known` to fail."""
+        return self.outcome is (Outcome.FAILS if self.claim.known is None else Outcome.HOLDS)
+
+    @property
     def line(self) -> str:
         """The verdict as one line: claim, source, observed with bounds, seeds, reason."""
         why = f"; {self.reason}" if self.reason else ""

@@ -116,12 +116,14 @@ def _claim(spec: Any, claim: Any, results: Path) -> None:
     verdict = judge(claim, store.evidence(spec, results, (claim.case, claim.against)), spec.seeds)
     if verdict.outcome in (Outcome.ABSENT, Outcome.UNDECIDED):
         pytest.skip(verdict.line)
-    if claim.known is None and verdict.outcome is Outcome.FAILS:
-        raise Stop(verdict.line)
-    if claim.known is not None and verdict.outcome is Outcome.FAILS:
-        pytest.xfail(f"{claim.known} ({verdict.line})")
+    if verdict.surprising:
+        raise Stop(
+            verdict.line
+            if claim.known is None
+            else f"`known` is out of date, remove it: {claim.known} ({verdict.line})"
+        )
     if claim.known is not None:
-        raise Stop(f"`known` is out of date, remove it: {claim.known} ({verdict.line})")
+        pytest.xfail(f"{claim.known} ({verdict.line})")
 
 
 def _slug(text: str) -> str:

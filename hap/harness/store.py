@@ -6,11 +6,10 @@ A file lock, which the system releases when a process dies, keeps two processes 
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,13 +19,9 @@ from hap.harness.binding import mistake, wrong
 from hap.harness.files import atomic_write
 from hap.harness.run import Run
 from hap.harness.spec import Case, Spec
+from hap.harness.training import Say, silent
 
 STAGES = ("dense", "one_shot", "selected", "last", "best_test_epoch")
-Say = Callable[[Any], None]
-
-
-def silent(event: Any) -> None:
-    """Says nothing."""
 
 
 def path(results: Path, case: Case, seed: int) -> Path:

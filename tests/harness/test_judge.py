@@ -172,3 +172,12 @@ def test_a_verdict_is_one_line_a_person_can_read(spread):
         "HOLDS: t [s]: observed 94 (92.31 to 95.69) over 3 seeds, claimed accuracy selected of hap >= 92.4 ± 0.1"
     )
     assert describe(claim(metric="params_pruned")) == "params_pruned of hap >= 94"
+
+
+@pytest.mark.parametrize(
+    ("claimed", "known", "surprising"),
+    [(90, None, False), (99, None, True), (90, "w", True), (99, "w", False), (94, "w", False)],
+)
+def test_a_surprise_is_a_failure_or_a_known_one_that_holds(spread, claimed, known, surprising):
+    verdict = judge(claim(value=claimed, known=known), {"hap": spread(93.0, 94.0, 95.0)})
+    assert verdict.surprising is surprising

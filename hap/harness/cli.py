@@ -1,0 +1,234 @@
+"""The command `hap`: list, run, judge, report, doctor; thin over the rest, which it imports when a command needs it."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from hap import HapError
+
+if TYPE_CHECKING:
+    from hap.harness.judge import Verdict
+    from hap.harness.spec import Case, Spec
+
+FOLDER = Path("reproductions")
+COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "ABSENT": "yellow"}
+KEPT = "interrupted; finished records are kept, and the same command goes on from there"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Reproduces HAP.")
+out = Console(highlight=False)
+
+Names = Annotated[list[str] | None, typer.Argument(metavar="[SPEC]...", help="Names in reproductions/, paths, or all.")]
+Results = Annotated[Path | None, typer.Option(help="Where evidence lies (default: results/ beside reproductions/).")]
+
+
+def main() -> None:
+    """The entry point."""
+    sys.path.append(os.getcwd())  # a spec may name functions of the folder one works in
+    app()
+
+
+def _told(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with mistakes told in one line: exit code 2 for a mistake, 130 for an interruption."""
+
+    @wraps(command)
+    def told(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except HapError as error:
+            typer.echo(f"hap: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo(f"\nhap: {KEPT}", err=True)
+            raise typer.Exit(130) from None
+
+    return told
+
+
+@app.command("list")
+@_told
+def list_specs(results: Results = None) -> None:
+    """What can be reproduced, and what evidence there is."""
+    from hap.harness import store
+    from hap.harness.spec import load_spec
+
+    for path in _paths(["all"]):
+        try:
+            spec = load_spec(path)
+            made = sum(map(len, store.evidence(spec, _results(path, results)).values()))
+            counts = f"{len(spec.cases)} cases, {made} of {len(spec.cases) * len(spec.seeds)} runs made"
+            _say(f"{spec.name:20} {spec.tier:6} {counts}: {spec.title}")
+        except HapError as error:
+            _say(f"{path.stem:20} cannot be read: {error}")
+
+
+@app.command()
+@_told
+def run(
+    specs: Names = None,
+    tier: Annotated[str | None, typer.Option(help="Only specs of this tier: quick, cpu or gpu.")] = None,
+    case: Annotated[str | None, typer.Option(help="Only this case.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Make evidence anew where it exists.")] = False,
+    results: Results = None,
+) -> None:
+    """Make the evidence that is missing, judge it, write the report."""
+    from hap.harness.spec import load_spec
+
+    if not specs and tier is None:
+        raise HapError(f"name a spec: {', '.join(path.stem for path in _paths(['all']))} or all")
+    chosen = {path: load_spec(path) for path in _paths(specs or ["all"])}
+    chosen = {path: spec for path, spec in chosen.items() if tier in (None, spec.tier)}
+    if not chosen:
+        raise HapError(f"--tier {tier}: no spec is of this tier")
+    for path, spec in chosen.items():
+        _make(spec, _cases(spec, case), _results(path, results), again, skip=len(chosen) > 1)
+    failed = [_close(path, spec, _results(path, results)) for path, spec in chosen.items()]
+    raise typer.Exit(int(any(failed)))
+
+
+@app.command("judge")
+@_told
+def judge_specs(specs: Names = None, results: Results = None) -> None:
+    """Judge committed evidence; runs nothing. Exit code 1 if a claim fails that is not known to."""
+    from hap.harness.spec import load_spec
+
+    failed = [_summary(load_spec(path), _results(path, results)) for path in _paths(specs or ["all"])]
+    raise typer.Exit(int(any(failed)))
+
+
+@app.command("report")
+@_told
+def report_specs(specs: Names = None, results: Results = None) -> None:
+    """Write tables, figures and VERDICTS.md from committed evidence."""
+    from hap.harness import report
+
+    for path in _paths(specs or ["all"]):
+        for file in report.write([path], _results(path, results)):
+            _say(_near(file))
+
+
+@app.command("doctor")
+@_told
+def doctor_machine() -> None:
+    """What this machine can run, what is missing, and how to get it."""
+    from hap.harness import doctor
+
+    for line in doctor.lines(_paths(["all"])):
+        _say(line)
+
+
+def _paths(names: Iterable[str]) -> list[Path]:
+    there = sorted(FOLDER.glob("*.toml"))
+    found: list[Path] = []
+    for name in names:
+        named = [path for path in there if name in ("all", path.stem)] or [Path(name)] * Path(name).is_file()
+        if not named:
+            known = ", ".join(path.stem for path in there) or "none"
+            raise HapError(f"spec {name}: must be a file or a name in {FOLDER.absolute()}, which has {known}")
+        found += named
+    return list(dict.fromkeys(found))
+
+
+def _results(spec: Path, given: Path | None) -> Path:
+    return given if given is not None else spec.absolute().parent.parent / "results"
+
+
+def _cases(spec: "Spec", name: str | None) -> list["Case"]:
+    cases = [case for case in spec.cases.values() if name in (None, case.name, case.name.split("@")[0])]
+    if not cases:
+        raise HapError(f"--case {name}: must be a case of {spec.name}, one of {', '.join(spec.cases)}")
+    return cases
+
+
+def _make(spec: "Spec", cases: list["Case"], results: Path, again: bool, skip: bool) -> None:
+    from hap.harness import store
+    from hap.harness.tasks import MissingData
+
+    pairs = [(case, seed) for case in cases for seed in spec.seeds]
+    with _progress(spec.name, len(pairs)) as step:
+        for case, seed in pairs:
+            try:
+                with step(f"{case.name} seed {seed}") as say:
+                    store.ensure(case, seed, results, again=again, say=say)
+            except MissingData as error:
+                if not skip:
+                    raise
+                _say(f"{spec.name} is left out: {error}")
+                return
+
+
+@contextmanager
+def _progress(name: str, total: int) -> Iterator[Callable[[str], Any]]:
+    """Gives a context for each step: a bar on a terminal, two plain lines a step elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    done = 0
+    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+        task = bar.add_task(name, total=total)
+
+        @contextmanager
+        def step(what: str) -> Iterator[Callable[[Any], None]]:
+            nonlocal done
+            start, where = time.perf_counter(), f"{name} [{done + 1}/{total}] {what}"
+            if not out.is_terminal:
+                _say(where)
+
+            def say(event: Any) -> None:
+                part = getattr(event, "fraction", None) or 0.0
+                bar.update(task, description=f"{name}: {what}, {event}", completed=done + 0.99 * part)
+
+            say("looking for evidence")
+            yield say
+            done += 1
+            bar.update(task, completed=done)
+            if not out.is_terminal:
+                _say(f"{where}: there after {time.perf_counter() - start:.1f} s")
+
+        yield step
+
+
+def _close(path: Path, spec: "Spec", results: Path) -> bool:
+    from hap.harness import report
+
+    files = report.write([path], results)
+    failed = _summary(spec, results)
+    _say("")
+    for what, where in (("records", results / spec.name), *((file.suffix[1:], file) for file in files)):
+        _say(f"  {what:8} {_near(where)}")
+    return failed
+
+
+def _summary(spec: "Spec", results: Path) -> bool:
+    """Tells each claim, what was observed and the verdict; returns whether one is surprising."""
+    from hap.harness import report, store
+
+    judged = report.verdicts(spec, store.evidence(spec, results))
+    _say(f"\n{spec.title} ({spec.name})")
+    for verdict in judged:
+        _tell(verdict)
+    return any(verdict.surprising for verdict in judged)
+
+
+def _tell(verdict: "Verdict") -> None:
+    out.print(Text.assemble((f"  {verdict.outcome:10}", COLOURS[verdict.outcome]), verdict.claim.text), soft_wrap=True)
+    notes = [verdict.measured, verdict.reason, f"source: {verdict.claim.source}"]
+    for note in [*notes, f"known: {verdict.claim.known}" if verdict.claim.known else ""]:
+        if note:
+            _say(f"             {note}")
+
+
+def _near(path: Path) -> str:
+    return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
+
+
+def _say(line: str) -> None:
+    out.print(Text(line), soft_wrap=True)

@@ -1,0 +1,292 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fakes import SPEC, fake_run, with_accuracy, write_spec
+from typer.testing import CliRunner
+
+from hap.harness import cli, store
+from hap.harness.spec import load_spec
+from hap.harness.tasks import Data, MissingData
+from hap.harness.training import Event
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with one spec, whose runs are made up: hap is a little better than random."""
+
+    def run(case, seed, *, say):
+        say(Event("fine-tuning", 0.5))
+        better = 0.5 if case.name == "hap" else 0.0
+        return with_accuracy(fake_run(case, seed), "selected", 94.0 + better + seed / 10 * better)
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    monkeypatch.chdir(tmp_path)
+    write_spec(tmp_path)
+    return tmp_path
+
+
+def hap(*args):
+    return CliRunner().invoke(cli.app, args)
+
+
+def test_run_makes_judges_reports_and_sums_up(folder):
+    told = hap("run", "table")
+    assert told.exit_code == 0
+    assert "table [1/6] hap seed 0\n" in told.stdout
+    assert "table [6/6] random seed 2: there after 0.0 s" in told.stdout
+    assert (
+        "  HOLDS     hap is no worse than random\n"
+        "             observed 0.55 (0.4657 to 0.6343) over 3 seeds, "
+        "claimed accuracy selected of hap - random >= 0 ± 0.5\n"
+        "             source: the suite\n"
+    ) in told.stdout
+    for file in ("results/table", "results/tables/table.csv", "results/tables/table.md", "results/VERDICTS.md"):
+        assert (folder / file).exists()
+        assert f" {file}\n" in told.stdout
+    assert len(list((folder / "results").rglob("seed*.json"))) == 6
+
+
+def test_run_makes_only_what_is_missing_unless_told_again(folder, monkeypatch):
+    hap("run", "table")
+    made = []
+    monkeypatch.setattr("hap.harness.run.run", lambda case, seed, *, say: made.append(seed) or fake_run(case, seed))
+    assert hap("run", "all").exit_code == 0
+    assert made == []
+    hap("run", "table", "--again", "--case", "random")
+    assert made == [0, 1, 2]
+
+
+def test_one_case_and_another_folder(folder):
+    told = hap("run", "reproductions/table.toml", "--case", "hap", "--results", "mine")
+    assert told.exit_code == 0
+    assert "ABSENT" in told.stdout
+    assert len(list((folder / "mine").rglob("seed*.json"))) == 3
+    assert not (folder / "results").exists()
+
+
+def test_a_case_is_also_the_name_of_all_its_budgets(folder):
+    write_spec(folder, SPEC.split("[[claims]]")[0].replace("params = 0.7", "params = [0.5, 0.7]"), "many")
+    hap("run", "many", "--case", "hap")
+    assert len(list((folder / "results" / "many").iterdir())) == 2
+
+
+def test_a_terminal_gets_a_bar(folder, monkeypatch):
+    from rich.console import Console
+
+    console = Console(force_terminal=True, width=200, color_system=None)
+    monkeypatch.setattr(cli, "out", console)
+    told = hap("run", "table")
+    assert told.exit_code == 0
+    assert "6/6" in told.stdout
+    assert "table [1/6]" not in told.stdout
+
+
+def test_tiers_choose_specs(folder):
+    write_spec(folder, SPEC.replace('tier = "quick"', 'tier = "gpu"'), "slow")
+    assert hap("run", "--tier", "quick").exit_code == 0
+    assert [path.name for path in (folder / "results").iterdir() if path.name in ("table", "slow")] == ["table"]
+    told = hap("run", "--tier", "cpu")
+    assert (told.exit_code, told.stderr) == (2, "hap: --tier cpu: no spec is of this tier\n")
+
+
+def test_judge_runs_nothing_and_fails_on_a_surprise(folder):
+    told = hap("judge")
+    assert told.exit_code == 0
+    assert told.stdout.count("ABSENT") == 2
+    hap("run", "table")
+    write_spec(folder, SPEC.replace("value = 70", "value = 80"))
+    told = hap("judge", "table")
+    assert told.exit_code == 1
+    assert "  FAILS     more than 70 % of the parameters go" in told.stdout
+    write_spec(folder, SPEC.replace("value = 70", 'value = 80\nknown = "a made-up world"'))
+    told = hap("judge", "table")
+    assert told.exit_code == 0
+    assert "known: a made-up world" in told.stdout
+
+
+def test_report_writes_from_evidence(folder):
+    told = hap("report")
+    assert told.exit_code == 0
+    assert told.stdout.split() == ["results/tables/table.csv", "results/tables/table.md", "results/VERDICTS.md"]
+
+
+def test_list_tells_what_there_is(folder):
+    write_spec(folder, "x = 1", "broken")
+    hap("run", "table", "--case", "hap")
+    lines = hap("list").stdout.splitlines()
+    assert lines[0].split() == "broken cannot be read: reproductions/broken.toml: title: is required".split()
+    assert lines[1].split() == "table quick 2 cases, 3 of 6 runs made: A made-up table".split()
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (("run",), "name a spec: table or all"),
+        (("run", "tabel"), "spec tabel: must be a file or a name in {}/reproductions, which has table"),
+        (("judge", "tabel"), "spec tabel: must be"),
+        (("report", "tabel"), "spec tabel: must be"),
+        (("run", "table", "--case", "x"), "--case x: must be a case of table, one of hap, random"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(folder, args, line):
+    told = hap(*args)
+    assert told.exit_code == 2
+    assert told.stderr.startswith("hap: " + line.format(folder))
+    assert told.stderr.count("\n") == 1
+
+
+def test_a_malformed_spec_is_one_line(folder):
+    write_spec(folder, SPEC.replace("params = 0.7", "params = 7"))
+    told = hap("run", "table")
+    assert told.exit_code == 2
+    assert told.stderr.startswith("hap: reproductions/table.toml: cases.hap.budget.params: ")
+    assert told.stderr.count("\n") == 1
+
+
+def test_missing_data_stops_a_spec_and_leaves_it_out_of_many(folder, monkeypatch):
+    def run(case, seed, *, say):
+        raise MissingData("cifar10: not in ./data; get it")
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    told = hap("run", "table")
+    assert (told.exit_code, told.stderr) == (2, "hap: cifar10: not in ./data; get it\n")
+    write_spec(folder, name="other")
+    told = hap("run", "all")
+    assert told.exit_code == 0
+    assert "other is left out: cifar10: not in ./data; get it" in told.stdout
+
+
+def test_an_interruption_keeps_what_is_finished_and_says_so(folder, monkeypatch):
+    def run(case, seed, *, say):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return fake_run(case, seed)
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    told = hap("run", "table")
+    assert told.exit_code == 130
+    assert told.stderr == f"\nhap: {cli.KEPT}\n"
+    assert [path.name for path in (folder / "results").rglob("*") if path.is_file()] == ["seed0.json"]
+
+
+SLOW = """
+import time
+import hap.harness.run as procedure
+
+def run(case, seed, *, say):
+    open("running", "w").close()
+    time.sleep(60)
+
+procedure.run = run
+from hap.harness.cli import main
+main()
+"""
+
+
+def test_control_c_in_a_real_process(folder):
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "run", "table"],
+        cwd=folder,
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / "running").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert told.strip() == f"hap: {cli.KEPT}"
+    assert [path.name for path in (folder / "results").rglob("*") if path.is_file()] == []
+
+
+@pytest.fixture
+def workload(monkeypatch):
+    def ready(*, width):
+        return Data("digits", "a" * 64, width == 8, "a note")
+
+    monkeypatch.setattr("fakes.ready", ready, raising=False)
+
+
+@pytest.mark.usefixtures("workload")
+def test_doctor_tells_machine_data_and_specs(folder):
+    write_spec(folder, "x = 1", "broken")
+    write_spec(folder, SPEC.replace("width = 8", "width = 9"), "mirror")
+    told = hap("doctor")
+    assert told.exit_code == 0
+    assert told.stdout.startswith("hap 0.1.0, Python 3.")
+    assert "threads" in told.stdout
+    assert "workload fakes:task: found digits (official), sha256 aaaaaaaaaaaaaaaa, a note\n" in told.stdout
+    assert "workload fakes:task: found digits (UNOFFICIAL copy)" in told.stdout
+    assert "spec table: yes: hap run table\n" in told.stdout
+    assert "spec broken: NO, reproductions/broken.toml: title: is required\n" in told.stdout
+
+
+def test_doctor_tells_what_is_missing(folder, monkeypatch):
+    def missing(*, width):
+        raise MissingData("CIFAR-10 not found: looked in ./data; get it from a mirror")
+
+    monkeypatch.setattr("fakes.ready", missing, raising=False)
+    told = hap("doctor")
+    assert told.exit_code == 0
+    assert "workload fakes:task: NO, CIFAR-10 not found: looked in ./data; get it from a mirror\n" in told.stdout
+    assert "spec table: NO, its workload is missing\n" in told.stdout
+
+
+@pytest.mark.usefixtures("workload")
+def test_doctor_knows_that_a_gpu_is_needed(folder, monkeypatch):
+    import torch
+
+    write_spec(folder, SPEC.replace('tier = "quick"', 'tier = "gpu"'))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "spec table: NO, it needs a GPU\n" in hap("doctor").stdout
+
+
+def test_doctor_makes_a_task_that_offers_nothing_quicker(monkeypatch):
+    from types import SimpleNamespace
+
+    from hap.harness import doctor
+    from hap.harness.binding import Ref
+
+    data = Data("digits", "a" * 64, True, "")
+    monkeypatch.setattr("fakes.task", lambda seed, *, width: SimpleNamespace(data=data))
+    assert doctor.ready(Ref(use="fakes:task", options={"width": 2}), 0) == data
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys\nsys.argv = ['hap', '--help']\nfrom hap.harness.cli import main\n"
+        "try:\n    main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'pydantic', 'pandas', 'numpy', 'scipy', 'matplotlib') if m in sys.modules])"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("COV", "PYTHONPATH"))}
+    start = time.perf_counter()
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert told.stdout.strip().endswith("[]")
+    assert "doctor" in told.stdout
+    assert time.perf_counter() - start < 1.0
+
+
+def test_python_m_hap_is_the_same_command():
+    told = subprocess.run([sys.executable, "-m", "hap", "judge", "nothing"], cwd=ROOT, capture_output=True, text=True)
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
+    assert told.stderr.startswith("hap: spec nothing: must be a file or a name in ")
+
+
+def test_records_of_another_folder_are_found_by_the_path_of_the_spec(folder, monkeypatch):
+    spec = load_spec(folder / "reproductions" / "table.toml")
+    store.save(fake_run(spec.cases["hap"], 0), folder / "results")
+    monkeypatch.chdir("/")
+    assert "no evidence for seed 1, 2" in hap("judge", str(folder / "reproductions" / "table.toml")).stdout
