@@ -3,6 +3,7 @@
 Equal evidence gives equal bytes: no dates, no versions, no order but that of the specs.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
     ("best_test_epoch_accuracy", "best test epoch (%), optimistic", _accuracy("best_test_epoch")),
     ("params_pruned", "params pruned (%)", _pruned("params")),
     ("macs_pruned", "MACs pruned (%)", _pruned("macs")),
-    ("score_seconds", "score (s)", lambda run: run.seconds["score"]),
+    ("score_seconds", "score (s)", lambda run: run.seconds.get("score", run.seconds.get("prune", math.nan))),
 )
 NOTE = """\
 Test accuracy, mean ± standard deviation over seeds. *Selected*: the epoch that is best on the validation split.

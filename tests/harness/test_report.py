@@ -163,3 +163,8 @@ def test_one_budget_without_fine_tuning_is_one_panel(tmp_path, monkeypatch):
     runs = {name: [fake_run(case, 0)] for name, case in spec.cases.items()}
     (axis,) = panels(monkeypatch, spec, runs, tmp_path)
     assert axis.get_xlabel() == "one budget: 28 % of the parameters left"
+
+
+def test_a_method_has_no_score_and_tells_how_long_it_took_to_prune(spec, tmp_path):
+    runs = {"hap": [fake_run(spec.cases["hap"], 0, seconds={"prune": 7.0})], "random": []}
+    assert report.frame(spec, runs).iloc[0]["score_seconds_mean"] == 7.0

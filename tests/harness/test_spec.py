@@ -271,3 +271,22 @@ def test_our_own_specs_read(path):
     spec = load_spec(path)
     assert spec.claims
     assert len({case.key for case in spec.cases.values()}) == len(spec.cases)
+
+
+def test_a_function_without_a_signature_is_refused(tmp_path):
+    with pytest.raises(HapError, match=r"cases\.hap\.score: no signature found for builtin"):
+        load(tmp_path, changed(SCORE, 'score = "builtins:breakpoint"'))
+
+
+def test_a_type_that_only_the_function_knows_is_left_to_it(tmp_path, monkeypatch):
+    import fakes
+
+    class Own:
+        pass
+
+    def typed(model, loss, batches, groups, *, rng, own: Own, named: "nowhere.Type"):
+        pass
+
+    monkeypatch.setattr(fakes, "typed", typed, raising=False)
+    score = load(tmp_path, changed(SCORE, 'score = {use = "fakes:typed", own = 1, named = 2}')).cases["hap"].score
+    assert score == Ref(use="fakes:typed", options={"own": 1, "named": 2})
