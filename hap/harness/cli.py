@@ -194,6 +194,7 @@ def _progress(name: str, total: int) -> Iterator[Callable[[str], Any]]:
                 _say(f"{where}: there after {time.perf_counter() - start:.1f} s")
 
         yield step
+        bar.update(task, description=name)
 
 
 def _close(path: Path, spec: "Spec", results: Path) -> bool:
