@@ -238,8 +238,7 @@ def _batch(file: Path, content: bytes) -> tuple[Tensor, Tensor]:
         raise _damaged(file, rule, _first_line(error)) from None
     if pixels.dtype != np.uint8 or pixels.shape != (10000, 3072):
         raise _damaged(file, rule, f"data of type {pixels.dtype} and shape {pixels.shape}")
-    if labels.dtype.kind != "i" or labels.shape != (10000,) or labels.min() < 0 or labels.max() > 9:
-        raise _damaged(
-            file, rule, f"labels of type {labels.dtype}, shape {labels.shape}, up to {labels.max(initial=0)}"
-        )
+    strange = [label for label in labels.ravel().tolist() if label not in range(10)]
+    if labels.shape != (10000,) or strange:
+        raise _damaged(file, rule, f"{labels.shape} labels, not from 0 to 9: {strange[:3]}")
     return torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels.astype(np.int64))
