@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from hap.taps import Call, forward
+from hap.taps import Call, evaluating, forward
 
 COUNTED = ("convolution", "addmm", "mm")
 
@@ -35,17 +35,18 @@ def latency(
     model: nn.Module, example: Any, batches: Sequence[int] = (1, 64), *, repeats: int = 10, call: Call = forward
 ) -> dict[int, float]:
     """Median seconds of a forward pass at each batch size, after warm-up, with the device synchronised."""
-    was, found = model.training, {}
-    model.eval()
-    for batch in batches:
-        inputs = tree_map(
-            lambda t, b=batch: t[:1].repeat(b, *[1] * (t.dim() - 1)) if isinstance(t, Tensor) else t, example
-        )
-        for _ in range(3):
-            call(model, inputs)
-        found[batch] = median(_seconds(model, inputs, call) for _ in range(repeats))
-    model.train(was)
+    found = {}
+    with evaluating(model):
+        for batch in batches:
+            inputs = tree_map(lambda t, b=batch: _repeated(t, b), example)
+            for _ in range(3):
+                call(model, inputs)
+            found[batch] = median(_seconds(model, inputs, call) for _ in range(repeats))
     return found
+
+
+def _repeated(leaf: Any, batch: int) -> Any:
+    return leaf[:1].repeat(batch, *[1] * (leaf.dim() - 1)) if isinstance(leaf, Tensor) else leaf
 
 
 def _seconds(model: nn.Module, inputs: Any, call: Call) -> float:

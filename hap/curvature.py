@@ -21,13 +21,13 @@ from hap import HapError
 from hap.groups import Groups
 from hap.losses import CrossEntropy, Loss, SquaredError
 from hap.persample import Squares, squared_gradients
-from hap.taps import is_mixing
+from hap.taps import evaluating, is_mixing
 
 PIECEWISE_LINEAR = frozenset(
     "AccumulateGrad Convolution Addmm Mm T Transpose Permute View ReshapeAlias UnsafeView Relu Hardtanh LeakyRelu "
     "Threshold MaxPool2DWithIndices MaxPool1D AvgPool2D AdaptiveAvgPool2D Mean Add Sub Sum Cat Slice Select Neg "
     "ConstantPadNd NativeBatchNorm CudnnBatchNorm Squeeze Unsqueeze Clone IndexSelect Index AsStrided Expand Split "
-    "SplitWithSizes Alias ToCopy".split()  # noqa: SIM905 (one name a line would fill the screen)
+    "SplitWithSizes Alias ToCopy".split()
 )
 BILINEAR = frozenset({"Mul", "Div", "Bmm"})  # linear as long as only one factor is more than a parameter
 
@@ -222,19 +222,15 @@ def _pooled(moments: list[_Moments], masses: list[float]) -> tuple[dict[str, Ten
 def _ready(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
     """The convolutions and linear layers, their weights differentiable, the model in eval mode."""
     layers = {name: module for name, module in model.named_modules() if is_mixing(module)}
-    modes = [(module, module.training) for module in model.modules()]
     weights = [(p, p.requires_grad) for p in (model.get_parameter(f"{name}.weight") for name in layers)]
-    model.eval()
     try:
         for p, _ in weights:
             p.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), evaluating(model):
             yield layers
     finally:
         for p, needed in weights:
             p.requires_grad_(needed)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _forward(

@@ -14,6 +14,7 @@ from hap import HapError
 from hap.curvature import exact, hutchinson
 from hap.groups import Groups
 from hap.losses import Loss
+from hap.taps import evaluating
 
 
 def hessian_trace(
@@ -62,12 +63,10 @@ def taylor(
     names = list(_weights(model, groups, lambda w: w))
     params = [model.get_parameter(name) for name in names]
     scores = []
-    was = model.training
-    model.eval()
-    for batch in batches:
-        slopes = torch.autograd.grad(loss(model, batch), params)
-        scores.append(groups.reduce({n: g * p for n, g, p in zip(names, slopes, params, strict=True)}).square())
-    model.train(was)
+    with evaluating(model), torch.enable_grad():
+        for batch in batches:
+            slopes = torch.autograd.grad(loss(model, batch), params)
+            scores.append(groups.reduce({n: g * p for n, g, p in zip(names, slopes, params, strict=True)}).square())
     if not scores:
         raise HapError("taylor: calibration batches expected, found none")
     return torch.stack(scores).mean(0)

@@ -15,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from hap import HapError
 from hap.groups import Groups, Shape, components
 from hap.plan import Fate, Plan
-from hap.taps import Call, axis, forward
+from hap.taps import Call, axis, evaluating, forward
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ def _cuts(groups: Groups, plan: Plan) -> dict[str, Cut]:
     wire = components(n + len(gone.slots), groups.feeds.edges[0], groups.feeds.edges[1] + n)
     alive = torch.zeros(n + len(gone.slots), dtype=torch.bool)
     alive[wire[~torch.cat([gone.rows, gone.slots])]] = True
+    alive[wire[n:][groups.feeds.padded_slots]] = True
     there = alive[wire]
     cuts = {}
     for name, s in groups.shapes.items():
@@ -230,7 +231,7 @@ def _inputs(model: nn.Module, groups: Groups, name: str, cut: Cut, batches: Iter
         handle = module.register_forward_pre_hook(lambda _, x: held.append(x[0].detach()))
         try:
             for batch in batches:
-                with torch.no_grad():
+                with torch.no_grad(), evaluating(model):
                     call(model, batch)
                 yield from held
                 held.clear()

@@ -4,7 +4,8 @@ A pass through a tapped model costs only what lies between the modules, which is
 This file knows which modules have rows and slots; what the NaNs mean is the business of `hap.tracing`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hap import HapError
@@ -34,6 +36,18 @@ def forward(model: nn.Module, example: Any) -> Any:
     if isinstance(example, dict):
         return model(**example)
     return model(*example) if isinstance(example, tuple) else model(example)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, each module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def is_mixing(module: nn.Module) -> bool:
@@ -103,21 +117,25 @@ class Taps:
         """Output positions per sample of each sliced module, over all its calls."""
         return tuple(sum(y.numel() // r for y in self.outputs[m]) for m, r in zip(self.modules, self.rows, strict=True))
 
-    def send(self, batch: int, writes: dict[int, Tensor], *, outside: bool = False, shaken: int = 0) -> Seen:
+    def send(
+        self, batch: int, writes: dict[int, Tensor], *, outside: bool = False, padding: bool = False, shaken: int = 0
+    ) -> Seen:
         """One pass of `batch` samples.
 
         `writes[i]`: [batch, rows of module i], where its output becomes NaN. `outside`: what enters from outside the
-        sliced modules is NaN. `shaken` = n: samples n to 2n repeat the first n with finite noise for the NaN, sample
-        2n is clean, and `moved` compares them.
+        sliced modules is NaN. `padding`: so is what the model pads with, and only slots that are NaN throughout count,
+        which are padded channels and not padded borders. `shaken` = n: samples n to 2n repeat the first n with finite
+        noise for the NaN, sample 2n is clean, and `moved` compares them.
         """
-        self.batch, self.writes, self.outside, self.shaken = batch, writes, outside, shaken
+        self.batch, self.writes, self.outside, self.padding, self.shaken = batch, writes, outside, padding, shaken
         self.calls = dict.fromkeys(self.tapped, 0)
         self.seen = Seen(*torch.zeros(2, batch, self.slot_starts[-1], dtype=torch.bool))
         self.sinks: list[Seen] = []
         for module in self.tapped:
             module.forward = self._stand_in(module)
         try:
-            output = self.call(self.model, self._repeat(self.example))
+            with _Padding() if padding else nullcontext():  # type: ignore[no-untyped-call]
+                output = self.call(self.model, self._repeat(self.example))
         finally:
             for module in self.tapped:
                 del module.forward
@@ -162,7 +180,7 @@ class Taps:
 
     def _look(self, x: Tensor, feature: int) -> Seen:
         x = x.movedim(feature, -1).reshape(self.batch, -1, x.shape[feature])
-        nans = x.sum(1).isnan()
+        nans = x.isnan().all(1) if self.padding else x.sum(1).isnan()
         moved = torch.zeros_like(nans)
         if n := self.shaken:
             still = x[2 * n]
@@ -188,6 +206,15 @@ class Taps:
             noise = torch.rand(blocks[:n].shape, generator=torch.Generator().manual_seed(seed)).to(y)
             blocks[n : 2 * n] += mask[:n] * (0.5 + noise) * (1 + blocks[:n].abs())
         return blocks.masked_fill(mask, torch.nan).reshape(y.shape)
+
+
+class _Padding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Pads with NaN."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.constant_pad_nd.default:
+            args = (*args[:2], torch.nan)
+        return func(*args, **(kwargs or {}))
 
 
 def _batched(leaf: Any) -> bool:

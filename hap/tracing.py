@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hap import HapError
-from hap.taps import BARRIERS, Call, Taps, forward, is_channelwise, is_mixing, starts
+from hap.taps import BARRIERS, Call, Taps, evaluating, forward, is_channelwise, is_mixing, starts
 
 SAMPLES = 64  # in one pass: wide enough that Python does not count, and bounds the memory
 
@@ -35,6 +36,7 @@ class Feeds:
     edges: Int[Tensor, "2 edges"]  # row, slot
     frozen_rows: Bool[Tensor, "rows"]  # those that reach the output, or a module that is not sliced
     frozen_slots: Bool[Tensor, "slots"]  # those that the input, an embedding or a bare parameter feeds
+    padded_slots: Bool[Tensor, "slots"]  # those that read a padded channel: it is there whatever goes
 
 
 @torch.no_grad()
@@ -45,14 +47,14 @@ def trace(model: nn.Module, example: Any, *, call: Call = forward, opaque: Seque
     whole; what enters or leaves them is frozen. The model runs in eval mode and is left as it was found. Raises
     HapError, with the module's name and what to do, where a model cannot be traced.
     """
-    with _evaluating(model):
+    with _plain_kernels(), evaluating(model):
         taps = Taps(model, *_sort(model, opaque), call)
         taps.record(example)
         _refuse_uncalled(taps)
-        outside = _outside(taps)
+        outside, padded = _outside(taps), taps.send(1, {}, padding=True).nans[0]
         reach = _reach(taps)
         edges = [_decode(taps, reach, colour) for colour in _colours(reach)]
-    return _assemble(taps, torch.cat([torch.empty(2, 0, dtype=torch.long), *edges], dim=1), outside)
+    return _assemble(taps, torch.cat([torch.empty(2, 0, dtype=torch.long), *edges], dim=1), outside, padded)
 
 
 @torch.no_grad()
@@ -69,9 +71,10 @@ def declare(
     The rows of the modules in `frozen` and the slots that the table does not name are frozen. Names and ranges are
     checked here; whether the table is true, `hap.testing.check_groups` finds out.
     """
-    with _evaluating(model):
+    with _plain_kernels(), evaluating(model):
         taps = Taps(model, *_sort(model, ()), call)
         taps.record(example)
+        padded = taps.send(1, {}, padding=True).nans[0]
     index = {name: i for i, name in enumerate(taps.names)}
     if unknown := ({name for pair in table for name in pair[:2]} | set(frozen)) - set(index):
         raise HapError(
@@ -80,7 +83,7 @@ def declare(
     pairs = [_declared(taps, index[w], index[r], list(rows), list(slots)) for w, r, rows, slots in table]
     edges = torch.cat([torch.empty(2, 0, dtype=torch.long), *pairs], dim=1)
     unnamed = torch.ones(taps.slot_starts[-1], dtype=torch.bool).index_fill_(0, edges[1], False)
-    feeds = _assemble(taps, edges, unnamed)
+    feeds = _assemble(taps, edges, unnamed, padded)
     for name in frozen:
         first, last = list(pairwise(starts(feeds.rows)))[index[name]]
         feeds.frozen_rows[first:last] = True
@@ -133,14 +136,15 @@ def _refuse_uncalled(taps: Taps) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def _plain_kernels() -> Iterator[None]:
+    """Fused attention can lose a NaN, and the fast path of nn.TransformerEncoderLayer goes around its modules."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _outside(taps: Taps) -> Tensor:
@@ -225,7 +229,7 @@ def _row_by_row(taps: Taps, colour: list[int], reach: Tensor, unclear: Tensor) -
             yield torch.stack([rows[sample] + starts(taps.rows)[i], slot])
 
 
-def _assemble(taps: Taps, edges: Tensor, outside: Tensor) -> Feeds:
+def _assemble(taps: Taps, edges: Tensor, outside: Tensor, padded: Tensor) -> Feeds:
     slots = taps.slot_starts[-1]
     sunk = edges[1] >= slots
     frozen_rows = torch.zeros(sum(taps.rows), dtype=torch.bool).index_fill_(0, edges[0][sunk], True)
@@ -233,7 +237,10 @@ def _assemble(taps: Taps, edges: Tensor, outside: Tensor) -> Feeds:
     for i in _sharing(taps):
         frozen_rows[starts(taps.rows)[i] : starts(taps.rows)[i + 1]] = True
         frozen_slots[taps.slot_starts[i] : taps.slot_starts[i + 1]] = True
-    return Feeds(taps.names, taps.rows, taps.slots, taps.positions(), edges[:, ~sunk], frozen_rows, frozen_slots)
+    relation = edges[:, ~sunk]
+    return Feeds(
+        taps.names, taps.rows, taps.slots, taps.positions(), relation, frozen_rows, frozen_slots, padded[:slots]
+    )
 
 
 def _sharing(taps: Taps) -> list[int]:

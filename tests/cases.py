@@ -1,0 +1,178 @@
+"""The one table of models that the tests run over: small ones of every shape, and the real architectures."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.ops import Conv2dNormActivation
+
+from hap.harness.tasks import nets
+
+
+class Residual(nn.Module):
+    """A stem, a residual block with a grouped convolution, pooling, a 1x1 convolution and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.grouped, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(4)
+        self.point, self.fc = nn.Conv2d(4, 6, 1, stride=2), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn0(self.stem(x)))
+        x = F.relu_(x + self.bn1(self.grouped(x)))
+        return self.fc(F.relu(self.point(F.max_pool2d(x, 2))).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """Two heads over tokens, a residual stream from a position table, and a mean over tokens."""
+
+    def __init__(self, width: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed, self.positions = nn.Linear(4, width), nn.Parameter(torch.randn(1, 5, width))
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 12), nn.Linear(12, width)
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.positions
+        q, k, v = (f(self.norm(x)).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.fc((x + self.down(F.gelu(self.up(self.norm(x))))).mean(1))
+
+
+class Gated(nn.Module):
+    """A squeeze-and-excitation gate: a sigmoid of pooled channels multiplies the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down, self.up = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 3), nn.Linear(3, 6)
+        self.last, self.fc = nn.Conv2d(6, 4, 3, padding=1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        gate = self.up(F.relu(self.down(x.mean((2, 3))))).sigmoid()
+        return self.fc(F.relu(self.last(x * gate[:, :, None, None])).amax((2, 3)))
+
+
+class Dense(nn.Module):
+    """Concatenation: each layer reads all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3 + 4 * i, 4, 3, padding=1) for i in range(3))
+        self.norm, self.fc = nn.BatchNorm2d(15), nn.Linear(15, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in (self.a, self.b, self.c):
+            x = torch.cat([x, F.relu(conv(x))], 1)
+        return self.fc(F.avg_pool2d(self.norm(x), 8).flatten(1))
+
+
+def conv1d() -> nn.Module:
+    """Dilated and strided convolutions over a sequence."""
+    layers = [
+        nn.Conv1d(3, 4, 3, padding=2, dilation=2),
+        nn.ReLU6(),
+        nn.Conv1d(4, 5, 3, stride=2),
+        nn.AdaptiveAvgPool1d(1),
+    ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(5, 5))
+
+
+def mlp() -> nn.Module:
+    """Linear layers and leaky rectifiers."""
+    return nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(), nn.Linear(8, 7, bias=False), nn.Hardtanh(), nn.Linear(7, 5))
+
+
+def plain() -> nn.Module:
+    """Convolutions with biases, flattened into a classifier: one channel feeds many inputs."""
+    conv = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.ReLU()]
+    return nn.Sequential(*conv, nn.Flatten(), nn.Linear(24, 7), nn.ReLU(), nn.Linear(7, 5))
+
+
+def depthwise() -> nn.Module:
+    """An inverted residual: expand, depthwise with a multiplier of one, project, with BatchNorm."""
+    block = [Conv2dNormActivation(3, 6, 1), Conv2dNormActivation(6, 6, 3, groups=6, stride=2), nn.Conv2d(6, 4, 1)]
+    return nn.Sequential(*block, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5))
+
+
+def multiplied() -> nn.Module:
+    """A grouped convolution that gives two channels for each it reads."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)
+    )
+
+
+def _image(size: int = 8) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def _sequence(*shape: int) -> Tensor:
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+
+
+SMALL: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "mlp": (mlp, lambda: _sequence(6)),
+    "plain": (plain, _image),
+    "conv1d": (conv1d, lambda: _sequence(3, 12)),
+    "residual": (Residual, _image),
+    "depthwise": (depthwise, _image),
+    "multiplied": (multiplied, _image),
+    "dense": (Dense, _image),
+    "gated": (Gated, _image),
+    "attention": (Attention, lambda: _sequence(5, 4)),
+    "preresnet": (lambda: nets.preresnet(depth=11, widths=(4, 6, 8)), _image),
+    "option-a": (lambda: nets.resnet(depth=8, widths=(4, 8, 16), shortcut="A"), _image),
+    "option-b": (lambda: nets.resnet(depth=8, widths=(4, 8, 16), shortcut="B"), _image),
+}
+
+
+def bert(layers: int = 2, width: int = 32, heads: int = 4) -> nn.Module:
+    """A Hugging Face BERT classifier of small width."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=50, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=2 * width, max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def tokens() -> dict[str, Tensor]:
+    """Two sentences of eight tokens, the second padded."""
+    ids = torch.randint(1, 50, (2, 8), generator=torch.Generator().manual_seed(1))
+    keep = torch.ones_like(ids)
+    keep[1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": keep}
+
+
+REAL: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "resnet18": (models.resnet18, lambda: _image(32)),
+    "resnet50": (models.resnet50, lambda: _image(32)),
+    "resnet56": (lambda: nets.resnet(depth=56), lambda: _image(16)),
+    "preresnet29": (lambda: nets.preresnet(depth=29), lambda: _image(16)),
+    "vgg16": (lambda: nets.vgg16(batch_norm=False), lambda: _image(32)),
+    "vgg16_bn": (lambda: nets.vgg16(batch_norm=True), lambda: _image(32)),
+    "densenet121": (models.densenet121, lambda: _image(32)),
+    "mobilenet_v2": (models.mobilenet_v2, lambda: _image(32)),
+    "bert": (bert, tokens),
+}
+
+
+def build(table: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]], name: str) -> tuple[nn.Module, Any]:
+    """The named model in eval mode, its BatchNorm statistics far from their defaults, and an example of two samples."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, example = table[name][0](), table[name][1]()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
+    return model.eval(), example

@@ -1,0 +1,139 @@
+"""Plans: the budget is met and not overshot, layers keep their best rows, and JSON says it all."""
+
+import json
+import math
+
+import pytest
+import torch
+from cases import SMALL, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hap import Budget, Fate, HapError, Plan, couple, trace
+from hap.plan import LETTER, cost, plan
+
+
+def grouped(name="preresnet", how="union"):
+    model, example = build(SMALL, name)
+    return couple(model, trace(model, example), how)
+
+
+GROUPS = {(name, how): grouped(name, how) for name in ("preresnet", "plain", "gated") for how in ("tied", "union")}
+
+
+@settings(deadline=None)
+@given(
+    key=st.sampled_from(sorted(GROUPS)),
+    unit=st.sampled_from(["params", "macs", "groups"]),
+    target=st.floats(0.02, 0.75),
+    implant=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 99),
+)
+def test_the_budget_is_met_by_the_last_group_and_not_before(key, unit, target, implant, seed):
+    groups = GROUPS[key]
+    scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(seed))
+    try:
+        chosen = plan(groups, scores, Budget(**{unit: target}, implant=implant))
+    except HapError as error:
+        assert "at most" in str(error)  # noqa: PT017 (a budget that implants cannot meet)
+        return
+    assert chosen.removed[unit] >= target
+    fates = chosen.fates(groups)
+    pruned = (fates != Fate.KEEP).nonzero()[:, 0]
+    best = pruned[scores[pruned].argmax()]
+    dropped = pruned[scores[pruned].argsort()]
+    # one group fewer: the best pruned group is kept, and the shares of drop and implant are those of the rest
+    fewer = torch.full_like(fates, int(Fate.KEEP))
+    border = math.ceil((1 - implant) * (len(pruned) - 1) - 1e-9)
+    fewer[dropped[:-1][:border]] = int(Fate.DROP)
+    fewer[dropped[:-1][border:]] = int(Fate.IMPLANT)
+    assert fewer[best] == Fate.KEEP
+    whole = getattr(cost(groups, torch.full_like(fates, int(Fate.KEEP))), unit)
+    assert 1 - getattr(cost(groups, fewer), unit) / whole < target
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.95, 1.0])
+def test_each_layer_keeps_its_most_sensitive_rows(limit):
+    groups = GROUPS["preresnet", "union"]
+    scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(3))
+    chosen = plan(groups, scores, Budget(groups=0.45 if limit == 0.5 else 0.8, layer_limit=limit))
+    for name, line in chosen.rows.items():
+        shape = groups.shapes[name]
+        of = groups.row_group[shape.first_row : shape.first_row + shape.rows]
+        if (of < 0).any():
+            continue
+        kept = [i for i, letter in enumerate(line) if letter == "#"]
+        assert len(kept) >= max(1, shape.rows - int(limit * shape.rows))
+        order = scores[of].argsort(descending=True)[: len(kept)]
+        assert sorted(order.tolist()) == kept
+
+
+def test_implants_are_the_best_of_the_pruned():
+    groups = GROUPS["preresnet", "union"]
+    scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(0))
+    fates = plan(groups, scores, Budget(groups=0.5, implant=0.25)).fates(groups)
+    assert int((fates == Fate.KEEP).sum()) == 32
+    assert int((fates == Fate.IMPLANT).sum()) == 8
+    assert scores[fates == Fate.DROP].max() < scores[fates == Fate.IMPLANT].min()
+    assert scores[fates == Fate.IMPLANT].max() < scores[fates == Fate.KEEP].min()
+
+
+def test_negative_scores_are_pruned_first():
+    groups = GROUPS["plain", "union"]
+    scores = torch.ones(len(groups)).index_fill_(0, torch.tensor([5]), -1.0)
+    fates = plan(groups, scores, Budget(groups=0.05)).fates(groups)
+    assert (fates == Fate.DROP).nonzero().tolist() == [[5]]
+
+
+def test_a_plan_survives_json_and_reads_line_by_line():
+    groups = GROUPS["preresnet", "tied"]
+    chosen = plan(groups, torch.rand(len(groups)), Budget(params=0.5, implant=0.2))
+    again = Plan.from_json(json.loads(json.dumps(chosen.to_json())))
+    assert again == chosen
+    assert torch.equal(again.fates(groups), chosen.fates(groups))
+    assert set("".join(chosen.rows.values())) <= set(LETTER.values())
+    assert len(chosen.rows["conv1"]) == groups.shapes["conv1"].rows
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"params": 0.5, "macs": 0.5}, r"exactly one of params, macs, groups expected, found \['macs', 'params'\]"),
+        ({}, "exactly one .* found none"),
+        ({"params": 0.0}, "budget.params: a fraction between 0 and 1 to remove expected, found 0.0"),
+        ({"groups": 1.5}, "budget.groups: .* found 1.5"),
+        ({"macs": 0.5, "implant": 1.0}, "budget.implant: .* found 1.0"),
+        ({"macs": 0.5, "layer_limit": 0.0}, "budget.layer_limit: .* found 0.0"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(wrong, says):
+    with pytest.raises(HapError, match=says):
+        Budget(**wrong)
+
+
+def test_an_impossible_budget_says_how_much_is_possible():
+    groups = GROUPS["preresnet", "union"]
+    with pytest.raises(HapError, match=r"budget.params: 0.9 cannot be removed, at most 0\.\d+ within layer_limit"):
+        plan(groups, torch.rand(len(groups)), Budget(params=0.9, layer_limit=0.3))
+
+
+@pytest.mark.parametrize("scores", [torch.rand(3), torch.full((64,), torch.nan)])
+def test_scores_that_are_not_one_finite_number_a_group_are_refused(scores):
+    with pytest.raises(HapError, match="scores: 64 finite numbers expected"):
+        plan(GROUPS["preresnet", "union"], scores, Budget(params=0.5))
+
+
+def test_plans_that_do_not_fit_are_refused():
+    groups, other = GROUPS["preresnet", "tied"], GROUPS["plain", "tied"]
+    chosen = plan(groups, torch.rand(len(groups)), Budget(params=0.3))
+    with pytest.raises(HapError, match="do not fit"):
+        chosen.fates(other)
+    stream = next(n for n, line in chosen.rows.items() if n == "conv1")
+    torn = {**chosen.rows, stream: "-" + "#" * (len(chosen.rows[stream]) - 1), "layer1.0.conv3": "#" * 4}
+    with pytest.raises(HapError, match="must share a fate"):
+        Plan(torn).fates(groups)
+    with pytest.raises(HapError, match="frozen row is pruned"):
+        Plan({**chosen.rows, "fc": "-" + "#" * 9}).fates(groups)
+    for rows in (None, {"conv1": "#x"}):
+        with pytest.raises(HapError, match="plan: rows as a string"):
+            Plan.from_json({"rows": rows})
