@@ -105,20 +105,27 @@ def fit(model: nn.Module, task: Task, recipe: Recipe, *, rng: torch.Generator, s
         fused=True,
     )
     curve = Curve([], [])
-    for epoch in range(recipe.epochs):
-        start = time.perf_counter()
-        with threads(task.threads):
-            loss, lr = _epoch(model, task, recipe, optimiser, epoch, rng)
-        if not math.isfinite(loss):
-            raise HapError(
-                f"{task.name}: the training loss must be finite, found {loss} in epoch {epoch + 1} of {recipe.epochs} "
-                f"at learning rate {lr:.3g}; lower finetune.lr or set finetune.warmup_epochs"
-            )
-        row = {"epoch": epoch, "lr": lr, "train_loss": loss, "validation": task.evaluate(model, "validation")}
-        curve.epochs.append({**row, "seconds": time.perf_counter() - start})
-        curve.snapshots.append(snapshot(model))
-        say(Event(_line(row, recipe), (epoch + 1) / recipe.epochs))
+    with threads(task.threads):
+        for epoch in range(recipe.epochs):
+            row = _row(model, task, recipe, optimiser, epoch, rng)
+            curve.epochs.append(row)
+            curve.snapshots.append(snapshot(model))
+            say(Event(_line(row, recipe), (epoch + 1) / recipe.epochs))
     return curve
+
+
+def _row(
+    model: nn.Module, task: Task, recipe: Recipe, optimiser: torch.optim.SGD, epoch: int, rng: torch.Generator
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    loss, lr = _epoch(model, task, recipe, optimiser, epoch, rng)
+    if not math.isfinite(loss):
+        raise HapError(
+            f"{task.name}: the training loss must be finite, found {loss} in epoch {epoch + 1} of {recipe.epochs} "
+            f"at learning rate {lr:.3g}; lower finetune.lr or set finetune.warmup_epochs"
+        )
+    row = {"epoch": epoch, "lr": lr, "train_loss": loss, "validation": task.evaluate(model, "validation")}
+    return {**row, "seconds": time.perf_counter() - start}
 
 
 def _epoch(

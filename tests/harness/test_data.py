@@ -244,7 +244,8 @@ def test_calibration_draws_without_repeats_and_refuses_nothing():
         calibration(numbered(), PLAIN, 0, 8, generator(0))
 
 
-def test_the_device_is_the_cpu_unless_told(monkeypatch):
+def test_the_device_is_what_there_is_unless_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("HAP_DEVICE", raising=False)
     assert device().type == "cpu"
     monkeypatch.setenv("HAP_DEVICE", "meta")
