@@ -20,6 +20,7 @@ from hap.harness.tasks import Task
 from hap.harness.training import Curve, Event, Say, State, fit, generator, silent, snapshot, threads
 from hap.plan import Plan, plan
 from hap.surgery import apply
+from hap.testing import check_groups
 from hap.tracing import trace
 
 Method = Callable[..., tuple[nn.Module, Plan]]  # (task, groups, budget, *, rng, **options)
@@ -43,6 +44,7 @@ def run(case: Case, seed: int, *, say: Say = silent) -> "Run":
     with threads(task.threads):
         with clock("trace"):
             groups = couple(task.model, trace(task.model, task.example, call=task.loss.call), case.coupling)
+            check_groups(task.model, task.example, groups, call=task.loss.call, trials=2)
         prune = one_shot(_bound(case.score), _bound(case.implant), clock) if case.score else _bound(case.method)
         with clock("prune"):
             pruned, chosen = prune(task, groups, case.budget, rng=generator(seed, "prune"))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from hap.harness.tasks import Task
@@ -38,7 +39,7 @@ def task(
     positive(last=1 if last is None else last, train_images=1 if train_images is None else train_images)
     train, test, data = cifar10()
     state, file, sha = checkpoint(FILE)
-    model = load_weights(resnet(20), state, file).to(device()).eval()
+    model = load_weights(resnet(20), state, file).to(device()).to(memory_format=torch.channels_last).eval()
     train, test = (Images(*(part.to(device()) for part in images)) for images in (train, test))
     splits = {"validation": train.part(slice(-HELD_OUT, None)), "test": test}
     fitted = train.part(slice(-HELD_OUT))

@@ -98,8 +98,8 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], file: Path) -> nn.M
 
 
 def device() -> torch.device:
-    """Where a task puts its model and its data: $HAP_DEVICE, else the CPU."""
-    return torch.device(os.environ.get("HAP_DEVICE", "cpu"))
+    """Where a task puts its model and its data: $HAP_DEVICE, else a GPU, else the CPU."""
+    return torch.device(os.environ.get("HAP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class Normalise(NamedTuple):
@@ -110,9 +110,9 @@ class Normalise(NamedTuple):
     white: float = 255.0  # the byte that counts as 1
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Floats of the same shape."""
+        """Floats of the same shape, the channels last in memory: the layout that convolutions are fastest in."""
         mean, std = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (pixels.float() / self.white - mean) / std
+        return ((pixels.float() / self.white - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def epoch(
@@ -166,11 +166,13 @@ def measure(
     call: Callable[[nn.Module, Any], Any],
     images: Images,
     normalise: Normalise,
-    batch_size: int = 1000,
+    batch_size: int | None = None,
 ) -> dict[str, float]:
     """Accuracy in percent and mean cross-entropy in nats; leaves the model in eval mode."""
     model.eval()
     where = images.pixels.device
+    # on a CPU, activations of small batches stay in the cache: 2 to 3 times as fast
+    batch_size = batch_size or (1000 if where.type == "cuda" else 100)
     hits, loss = torch.zeros((), dtype=torch.long, device=where), torch.zeros((), dtype=torch.double, device=where)
     for pixels, labels in zip(
         torch.split(images.pixels, batch_size), torch.split(images.labels, batch_size), strict=True
