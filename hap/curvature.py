@@ -74,6 +74,8 @@ def exact(
             grads = [torch.autograd.grad(outputs, edges, v, retain_graph=True) for v in vectors]
             sampled = columns is not None and len(vectors) == columns + 1
             for (name, (x, _)), column in zip(seen.items(), zip(*grads, strict=True), strict=True):
+                if len(x) != len(targets):
+                    raise HapError(f"curvature: {name} reads {len(x)} samples where the batch has {len(targets)}")
                 tally.add(name, squared_gradients(layers[name], x, torch.stack(column)), sampled)
             tally.end()
     return tally.result()

@@ -9,7 +9,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from hap import HapError
 from hap.groups import implantable
-from hap.surgery import Inputs, Patch, resize
+from hap.patch import Patch
+from hap.surgery import Inputs, resize
 
 
 def zero(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:

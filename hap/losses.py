@@ -1,7 +1,7 @@
 """Losses that know their Hessian in the model's outputs, which is all that `hap.curvature` must know of them."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hap.taps import Call, forward
 
 
+@runtime_checkable
 class Loss(Protocol):
     """A mean loss of (inputs, targets) whose Hessian in the outputs is a sum of squares of known vectors."""
 

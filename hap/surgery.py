@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from hap import HapError
 from hap.groups import Groups, Shape, components
+from hap.patch import Patch
 from hap.plan import Fate, Plan
 from hap.taps import Call, axis, evaluating, forward
 
@@ -40,30 +41,6 @@ class Cut(NamedTuple):
     given: Bool[Tensor, "slots"]  # slots that are there to be read
 
 
-class Patch(nn.Module):
-    """Modules that together write one output: each its rows, the rest zero, of the input channels `take`."""
-
-    order: Tensor
-    take: Tensor
-
-    def __init__(self, parts: Iterable[nn.Module], order: Tensor, take: Tensor, axis: int, idle: bool) -> None:
-        """`order`: for each row written, its place among those computed; `idle`: some row is zero."""
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-        self.axis, self.idle = axis, idle
-        self.register_buffer("order", order)
-        self.register_buffer("take", take)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The rows of all parts in the order of the module that the patch replaces."""
-        if len(self.take) < x.shape[self.axis]:
-            x = x.index_select(self.axis, self.take)
-        rows = [part(x) for part in self.parts]
-        if self.idle:
-            rows.append(torch.zeros_like(rows[0].narrow(self.axis, 0, 1)))
-        return torch.cat(rows, self.axis).index_select(self.axis, self.order)
-
-
 def apply(
     model: nn.Module,
     groups: Groups,
@@ -82,7 +59,9 @@ def apply(
     small = copy.deepcopy(model)
     for name, cut in cuts.items():
         module = small.get_submodule(name)
-        parts = [resize(copy.deepcopy(module), cut.kept, cut.slots)] if len(cut.kept) else []
+        if isinstance(module, _ConvNd) and not (len(cut.kept) + len(cut.implanted) and len(cut.slots)):
+            raise HapError(f"{name}: at least one row and one input of a convolution must stay, found none in the plan")
+        parts = [resize(copy.deepcopy(module), cut.kept, cut.slots)] if len(cut.kept) or not len(cut.implanted) else []
         if len(cut.implanted):
             if implant is None:
                 raise HapError(f"{name}: the plan has implants, so apply() needs an implant, found none")
@@ -178,8 +157,6 @@ def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module]) -> nn.Module:
     whole = len(take) == int(cut.given.sum())
     if len(parts) == 1 and whole and torch.equal(place, torch.arange(len(rows))):
         return parts[0]
-    if not parts:
-        parts = [resize(copy.deepcopy(module), cut.kept, cut.slots)]
     device = next((t.device for t in module.state_dict().values()), torch.device("cpu"))
     idle = bool((place == len(rows)).any())
     return Patch(parts, place.to(device), take.to(device), axis(module), idle)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hap import HapError
+from hap.patch import Patch
 from hap.taps import BARRIERS, Call, Taps, evaluating, forward, is_channelwise, is_mixing, starts
 
 SAMPLES = 64  # in one pass: wide enough that Python does not count, and bounds the memory
@@ -121,6 +122,10 @@ def _refuse_unsliceable(name: str, module: nn.Module) -> None:
         raise HapError(
             f"{name}: nn.MultiheadAttention reads its weights without calling their modules, which cannot be traced; "
             f"pass opaque=[{name!r}] to leave it whole, or build it from four nn.Linear"
+        )
+    if isinstance(module, Patch):
+        raise HapError(
+            f"{name}: a Patch, so the model was pruned before; prune the dense model once, by as much as both"
         )
     if hasattr(module, "parametrizations"):
         raise HapError(f"{name}: a parametrized weight cannot be sliced; call remove_parametrizations on it first")

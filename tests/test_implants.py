@@ -8,7 +8,8 @@ from torch import nn
 from hap import HapError, couple, mask, merge, trace
 from hap import apply as operate
 from hap.implants import centre_tap, least_squares, zero
-from hap.surgery import Inputs, Patch
+from hap.patch import Patch
+from hap.surgery import Inputs
 from hap.testing import check_implant, random_plan
 
 CONVS = {

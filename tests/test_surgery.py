@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hap import Budget, HapError, Plan, couple, mask, trace
+from hap import Budget, Fate, HapError, Plan, couple, mask, trace
 from hap import apply as operate
 from hap.cost import macs, params
 from hap.implants import centre_tap, least_squares, zero
+from hap.patch import Patch
 from hap.plan import cost, plan
-from hap.surgery import Patch
 from hap.taps import forward
 from hap.testing import check_groups, random_plan
 
@@ -175,6 +175,41 @@ def test_pruning_twice_is_possible():
         scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(seed))
         model = operate(model, groups, plan(groups, scores, Budget(params=0.3)))
     assert logits(model, example).isfinite().all()
+
+
+def all_but(groups, module):
+    """A plan that drops every prunable row of one module."""
+    shape = groups.shapes[module]
+    of = groups.row_group[shape.first_row : shape.first_row + shape.rows]
+    fates = torch.full((len(groups),), int(Fate.KEEP)).index_fill_(0, of[of >= 0], int(Fate.DROP))
+    return Plan.of(groups, fates)
+
+
+@pytest.mark.parametrize(("name", "module"), [("attention", "v"), ("attention", "up"), ("mlp", "0"), ("plain", "6")])
+def test_a_linear_layer_may_lose_every_row(name, module):
+    """No budget asks for it, a plan may: a block may lose all heads, and what read the layer reads nothing."""
+    model, example = build(SMALL, name)
+    groups = couple(model, trace(model, example), "union")
+    chosen = all_but(groups, module)
+    small = operate(model, groups, chosen)
+    assert small.get_submodule(module).out_features == 0
+    assert torch.allclose(logits(small, example), logits(mask(model, groups, chosen), example), atol=1e-5)
+
+
+@pytest.mark.parametrize("module", ["0", "3"])
+def test_a_convolution_may_not(module):
+    model, example = build(SMALL, "plain")
+    groups = couple(model, trace(model, example), "union")
+    with pytest.raises(HapError, match=f"{module}: at least one row and one input of a convolution must stay"):
+        operate(model, groups, all_but(groups, module))
+
+
+def test_a_patched_model_is_not_pruned_again():
+    model, example = build(SMALL, "option-b")
+    groups = couple(model, trace(model, example), "union")
+    small = operate(model, groups, random_plan(groups, torch.Generator().manual_seed(0)), zero)
+    with pytest.raises(HapError, match="a Patch, so the model was pruned before"):
+        trace(small, example)
 
 
 def test_a_plan_with_implants_needs_one():

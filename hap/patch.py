@@ -1,0 +1,32 @@
+"""The one module that surgery adds to a model: parts that write rows, put in their places among zeros."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Patch(nn.Module):
+    """Modules that together write one output: each its rows, the rest zero, of the input channels `take`."""
+
+    order: Tensor
+    take: Tensor
+
+    def __init__(self, parts: Iterable[nn.Module], order: Tensor, take: Tensor, axis: int, idle: bool) -> None:
+        """`order`: for each row written, its place among those computed; `idle`: some row is zero."""
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.axis, self.idle = axis, idle
+        self.register_buffer("order", order)
+        self.register_buffer("take", take)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The rows of all parts in the order of the module that the patch replaces."""
+        if len(self.take) < x.shape[self.axis]:
+            x = x.index_select(self.axis, self.take)
+        rows = [part(x) for part in self.parts]
+        if self.idle:
+            shape = list(rows[0].shape)
+            shape[self.axis] = 1
+            rows.append(rows[0].new_zeros(shape))
+        return torch.cat(rows, self.axis).index_select(self.axis, self.order)
