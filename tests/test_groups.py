@@ -95,7 +95,7 @@ def test_reduce_keeps_double_precision_and_counts_what_is_missing_as_zero():
     assert total.tolist() == [6.0] * 8 + [0.0] * 7
 
 
-def test_another_coupling_is_refused():
+def test_another_coupling_is_refused(unchecked):
     model, example = build(SMALL, "mlp")
     with pytest.raises(HapError, match="'tied' or 'union' expected, found 'loose'"):
         couple(model, trace(model, example), "loose")

@@ -17,6 +17,7 @@ from hap import HapError
 from hap.harness import store
 from hap.harness.files import atomic_write
 from hap.harness.spec import load_spec
+from hap.harness.training import Event
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def runs(monkeypatch):
 
     def run(case, seed, *, say):
         made.append((case.name, seed))
-        say("running")
+        say(Event("running"))
         return fake_run(case, seed, created=f"made {len(made)}")
 
     monkeypatch.setattr("hap.harness.run.run", run)
