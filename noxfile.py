@@ -60,8 +60,9 @@ def types(session: nox.Session) -> None:
 
 @session
 def reproduce(session: nox.Session) -> None:
-    """Make missing evidence, judge it, write the report: the digits, or `-- NAME`, `-- all`, `-- --tier quick`."""
-    _run(session, "hap", "run", *(session.posargs or ["digits"]))
+    """Make evidence, judge it, report it: the digits anew, or what is missing of `-- NAME`, `-- all`, `-- --tier T`."""
+    # anew, for the repository has records of the digits, and to read them would reproduce nothing
+    _run(session, "hap", "run", *(session.posargs or ["digits", "--again"]))
 
 
 @session

@@ -1,0 +1,209 @@
+"""The files around the package agree with each other, and what the documents tell people to write works."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from torch import nn
+
+from hap import CrossEntropy, couple, trace
+from hap.harness.run import run
+from hap.harness.spec import load_spec
+from hap.testing import check_groups, check_implant, check_score
+
+ROOT = Path(__file__).parents[1]
+SESSIONS = {"tests", "lint", "types", "reproduce", "judge", "figures", "bench"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+MACHINE_PATHS = re.compile(r"(?<![\w.~/-])/(work|root|home/\w+|Users/\w+|tmp/\w+)/")
+TEXT = {".cff", ".csv", ".json", ".md", ".py", ".toml", ".txt", ""}
+
+
+def test_each_session_has_a_docstring_of_one_line() -> None:
+    found = {f.name: ast.get_docstring(f) for f in _noxfile().body if isinstance(f, ast.FunctionDef) and _session(f)}
+    assert found.keys() == SESSIONS
+    assert all(text and "\n" not in text for text in found.values())
+
+
+def test_all_sessions_share_one_environment() -> None:
+    text = (ROOT / "noxfile.py").read_text()
+    assert 'session = nox.session(venv_backend="none")' in text
+    assert 'VENV = ROOT / ".venv"' in text
+
+
+def test_the_supported_pythons_are_those_of_the_noxfile() -> None:
+    assigned = {n.targets[0].id: n.value for n in _noxfile().body if isinstance(n, ast.Assign) and _named(n)}
+    wanted = SpecifierSet(PROJECT["requires-python"])
+    minors = ast.literal_eval(assigned["MINORS"])
+    assert minors == tuple(minor for minor in range(40) if f"3.{minor}.5" in wanted)
+
+
+@pytest.mark.parametrize("line", [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())])
+def test_the_tested_version_is_in_the_range(line: str) -> None:
+    wanted = Requirement(line)
+    assert wanted.specifier, f"{wanted.name} has no range"
+    assert _constraints()[canonicalize_name(wanted.name)] in wanted.specifier
+
+
+def test_constraints_are_exact_and_leave_cuda_to_torch() -> None:
+    assert len(_constraints()) > len(PROJECT["dependencies"])
+    assert not [name for name in _constraints() if re.match("nvidia|cuda|triton", name)]
+
+
+def test_the_citation_names_the_paper() -> None:
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    assert paper["title"] == "Hessian-Aware Pruning and Optimal Neural Implant"
+    authors = [author["family-names"] for author in paper["authors"]]
+    assert authors == ["Yu", "Yao", "Gholami", "Dong", "Kim", "Mahoney", "Keutzer"]
+    assert (paper["year"], paper["start"], paper["end"]) == (2022, 3880, 3891)
+    assert "arXiv:2101.08940" in str(paper["identifiers"])
+
+
+def test_version_and_citation_agree() -> None:
+    import hap
+
+    assert PROJECT["version"] == hap.__version__
+    assert str(yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]) == PROJECT["version"]
+
+
+def test_the_commands_of_the_documents_are_sessions() -> None:
+    assert "    python -m pip install nox && nox -s reproduce\n    nox -s tests\n" in README
+    named = set(re.findall(r"nox -s (\w+)", README + CONTRIBUTING + (ROOT / ".ci" / "run").read_text()))
+    assert named <= SESSIONS
+    assert {"reproduce", "tests"} <= named
+
+
+def test_the_specs_of_the_readme_exist() -> None:
+    there = {path.stem for path in (ROOT / "reproductions").glob("*.toml")}
+    assert {name for name in there if f"`{name}`" in README} == there
+
+
+def test_the_changelog_tells_which_results_moved() -> None:
+    headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("#")]
+    assert "## Results that moved" in headings
+    assert "## [Unreleased]" in headings
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    words = [shlex.split(line, comments=True) for line in script.splitlines()]
+    assert ["$nox", "-s", "tests", "||", "failed=1"] in words
+    assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"]).returncode == 0
+
+
+def test_no_committed_file_names_a_path_of_a_machine() -> None:
+    found = []
+    for name in _committed():
+        file = ROOT / name
+        if file.suffix in TEXT and file.is_file():
+            lines = file.read_text(errors="replace").splitlines()
+            found += [
+                f"{name}:{i}: {line.strip():.100}" for i, line in enumerate(lines, 1) if MACHINE_PATHS.search(line)
+            ]
+    assert not found
+
+
+def test_the_score_and_the_implant_of_the_readme_satisfy_the_kit(written: Callable[[str, str], Any]) -> None:
+    mine = written(README, "mine.py")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
+    x, y = torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
+    groups = couple(model, trace(model, x), "union")
+    check_groups(model, x, groups)
+    check_score(mine.mean_power, model, CrossEntropy(), [(x, y)], groups)
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    check_implant(mine.kernel_sum, conv, x)
+
+
+def test_the_spec_of_the_readme_reads(written: Callable[[str, str], Any]) -> None:
+    written(README, "mine.py")
+    spec = load_spec(written(README, "mine.toml"))
+    assert (len(spec.cases), len(spec.claims)) == (2, 1)
+
+
+def test_the_workload_of_contributing_runs(written: Callable[[str, str], Any]) -> None:
+    written(CONTRIBUTING, "wine.py")
+    spec = load_spec(written(CONTRIBUTING, "wine.toml"))
+    made = run(spec.cases["hap"], spec.seeds[0])
+    assert made.metrics["dense"]["accuracy"] > 80
+    assert made.cost["pruned"]["params"] < made.cost["dense"]["params"]
+
+
+def test_the_library_example_of_the_readme_runs(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(_block(README, "own.py"))
+    command = [sys.executable, file]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, after, _ = map(int, done.stdout.split())
+    assert 0.49 < 1 - after / before < 0.51
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Any]:
+    """Writes a block of a document to a file: a module is imported, of anything else the path is given."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(text: str, name: str) -> Any:
+        file = tmp_path / name
+        file.write_text(_block(text, name))
+        if file.suffix != ".py":
+            return file
+        monkeypatch.delitem(sys.modules, file.stem, raising=False)
+        module = __import__(file.stem)
+        monkeypatch.setitem(sys.modules, file.stem, module)
+        return module
+
+    return write
+
+
+def _block(text: str, name: str) -> str:
+    """The fenced block whose first line is a comment that ends in this file name."""
+    blocks = re.findall(r"^```\w+\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = [block for block in blocks if re.match(rf"# (\w+/)*{re.escape(name)}\n", block)]
+    assert len(found) == 1
+    return str(found[0])
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def _noxfile() -> ast.Module:
+    return ast.parse((ROOT / "noxfile.py").read_text())
+
+
+def _session(function: ast.FunctionDef) -> bool:
+    return any(isinstance(mark, ast.Name) and mark.id == "session" for mark in function.decorator_list)
+
+
+def _named(node: ast.Assign) -> bool:
+    return isinstance(node.targets[0], ast.Name)
+
+
+def _constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def _committed() -> list[str]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("which files are committed is not known: this is no git checkout, or git is missing")
+    return [name for name in done.stdout.split("\0") if name]
