@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_map
 
 from hap import HapError
@@ -24,12 +24,13 @@ from hap.persample import Squares, squared_gradients
 from hap.taps import evaluating, is_mixing
 
 PIECEWISE_LINEAR = frozenset(
-    "AccumulateGrad Convolution Addmm Mm T Transpose Permute View ReshapeAlias UnsafeView Relu Hardtanh LeakyRelu "
+    "AccumulateGrad T Transpose Permute View ReshapeAlias UnsafeView Relu Hardtanh LeakyRelu "
     "Threshold MaxPool2DWithIndices MaxPool1D AvgPool2D AdaptiveAvgPool2D Mean Add Sub Sum Cat Slice Select Neg "
     "ConstantPadNd NativeBatchNorm CudnnBatchNorm Squeeze Unsqueeze Clone IndexSelect Index AsStrided Expand Split "
     "SplitWithSizes Alias ToCopy".split()
 )
-BILINEAR = frozenset({"Mul", "Div", "Bmm"})  # linear as long as only one factor is more than a parameter
+# linear as long as only one factor is more than a parameter
+BILINEAR = frozenset({"Convolution", "Addmm", "Mm", "Mul", "Div", "Bmm"})
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def exact(
             tally.begin(targets, float(loss.mass(targets)), len(vectors), piecewise_linear(outputs))
             edges = [edge for _, edge in seen.values()]
             grads = [torch.autograd.grad(outputs, edges, v, retain_graph=True) for v in vectors]
-            sampled = columns is not None and len(vectors) == columns + 1
+            sampled = columns is not None and len(vectors) == columns + 1 < outputs.shape[1]
             for (name, (x, _)), column in zip(seen.items(), zip(*grads, strict=True), strict=True):
                 if len(x) != len(targets):
                     raise HapError(f"curvature: {name} reads {len(x)} samples where the batch has {len(targets)}")
@@ -135,11 +136,21 @@ def piecewise_linear(outputs: Tensor) -> bool:
         known.add(node)
         op = node.name().rstrip("0123456789").removesuffix("Backward").rpartition("::")[2]
         following = [f for f, _ in node.next_functions if f is not None]
-        curved = [f for f in following if "AccumulateGrad" not in f.name()]
-        if op not in PIECEWISE_LINEAR and not (op in BILINEAR and len(curved) <= 1):
+        curved = [f for f in following if not _is_parameter(f)]
+        divided_by = node.next_functions[1][0] if op == "Div" else None
+        batch_statistics = getattr(node, "_saved_training", False)  # of a BatchNorm without its own, an InstanceNorm
+        straight = op in PIECEWISE_LINEAR or (op in BILINEAR and len(curved) <= 1 and divided_by not in curved)
+        if not straight or batch_statistics:
             return False
         stack += following
     return True
+
+
+def _is_parameter(node: Node) -> bool:
+    """Whether the node is a parameter, or a view of one."""
+    while len(node.next_functions) == 1 and (following := node.next_functions[0][0]) is not None:
+        node = following
+    return "AccumulateGrad" in node.name()
 
 
 class _Tally:

@@ -1,0 +1,419 @@
+"""Curvature against the dense Hessian in float64, an independent Gauss-Newton matrix, and curvlinops.
+
+All of these come from autograd, so none can see a point where a rectifier or a maximum has a kink: there a second
+derivative is taken to be zero, by them and by us.
+"""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import SMALL, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
+
+from hap import CrossEntropy, HapError, couple, exact, hutchinson, persample, trace
+from hap.curvature import piecewise_linear
+from hap.losses import SquaredError
+from hap.persample import squared_gradients
+
+STRAIGHT = [name for name in SMALL if name not in ("gated", "attention")]
+DEEP = ("preresnet", "option-a", "option-b")  # their dense Hessians take seconds
+CURVED = {
+    "gelu": lambda: nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)),
+    "sigmoid": lambda: nn.Sequential(nn.Conv1d(2, 3, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(9, 3)),
+    "layernorm": lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3)),
+    "softmax": lambda: nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1), nn.Linear(6, 3)),
+    "attention": SMALL["attention"][0],
+    "gated": SMALL["gated"][0],
+}
+INPUTS = {"sigmoid": (2, 5), "attention": (5, 4), "gated": (3, 8, 8)}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def case(name, samples=5):
+    """A small case in float64, and a batch with targets."""
+    model, example = build(SMALL, name)
+    model = model.double()
+    x = torch.randn(samples, *example.shape[1:], dtype=torch.float64, generator=seeded(3))
+    classes = model(x).shape[1]
+    return model, (x, torch.randint(0, classes, (samples,), generator=seeded(4)))
+
+
+def losses(name, batch, model):
+    """The loss of that name, and the batch with targets for it."""
+    classes = model(batch[0]).shape[1]
+    if name == "squared":
+        return SquaredError(), (batch[0], torch.randn(len(batch[0]), classes, dtype=torch.float64, generator=seeded()))
+    weight = torch.linspace(0.2, 2, classes, dtype=torch.float64)
+    return (CrossEntropy() if name == "plain" else CrossEntropy(label_smoothing=0.1, weight=weight)), batch
+
+
+def dense(model, loss, batch, name):
+    """The Hessian of the mean loss in one weight tensor."""
+    weight = model.get_parameter(name).detach()
+
+    def mean(value):
+        outputs = functional_call(model, {name: value}, (batch[0],))
+        return loss.total(outputs, batch[1]) / loss.mass(batch[1])
+
+    hessian = torch.autograd.functional.hessian(mean, weight, vectorize=True)
+    return hessian.reshape(weight.numel(), weight.numel())
+
+
+def gap(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(n, how) for n in STRAIGHT for how in ("plain", "both", "squared") if how == "plain" or n not in DEEP],
+)
+def test_exact_is_the_diagonal_of_the_dense_hessian(name, how):
+    """To 1e-10 of the largest entry of each weight; entries ten orders below it may be wrong."""
+    model, batch = case(name)
+    loss, batch = losses(how, batch, model)
+    found = exact(model, loss, [batch])
+    assert found.kind == "exact Hessian diagonal"
+    assert set(found.diagonal) == {f"{n}.weight" for n, m in model.named_modules() if hasattr(m, "kernel_size") or
+                                   isinstance(m, nn.Linear)} - {f"{n}.weight" for n, m in model.named_modules()
+                                   if isinstance(m, nn.MaxPool2d)}  # fmt: skip
+    for weight, value in found.diagonal.items():
+        expected = dense(model, loss, batch, weight).diagonal().reshape(value.shape)
+        assert gap(value, expected) < 1e-10, weight
+        assert (found.stderr[weight] == 0).all()
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_elsewhere_it_is_the_gauss_newton_diagonal_and_says_so(name):
+    """Against J^T H J from per-sample Jacobians, which know nothing of layers."""
+    torch.manual_seed(1)
+    model = CURVED[name]().double().eval()
+    shape = INPUTS.get(name, (4,))
+    x, y = torch.randn(4, *shape, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    found = exact(model, CrossEntropy(), [(x, y)])
+    assert found.kind == "Gauss-Newton diagonal"
+    p = model(x).softmax(1).detach()
+    hessian = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    for weight, value in found.diagonal.items():
+        value_of = partial(lambda w, v: functional_call(model, {w: v}, (x,)), weight)
+        jacobian = torch.autograd.functional.jacobian(value_of, model.get_parameter(weight).detach())
+        expected = torch.einsum("nia,nij,nja->a", *(jacobian.flatten(2), hessian, jacobian.flatten(2))) / len(x)
+        assert gap(value, expected.detach().reshape(value.shape)) < 1e-10, weight
+
+
+OPS = {
+    "a rectifier": (F.relu, True),
+    "a residual sum": (lambda x: x + F.relu(x), True),
+    "a constant factor": (lambda x: 3 * x / 7, True),
+    "a maximum over positions": (lambda x: F.max_pool1d(x[:, None], 2).flatten(1), True),
+    "the mean of some": (lambda x: torch.cat([x[:, ::2], x.mean(1, keepdim=True).expand(-1, 2)], 1), True),
+    "gelu": (F.gelu, False),
+    "sigmoid": (torch.sigmoid, False),
+    "softmax": (lambda x: x.softmax(1), False),
+    "a square": (lambda x: x * x, False),
+    "a power": (lambda x: x**2, False),
+    "a product of two": (lambda x: x[:, :4] * x[:, 4:], False),
+    "a Gram matrix": (lambda x: x @ x.T, False),
+    "a product of three axes": (lambda x: (x[:, :, None] @ x[:, None]).flatten(1), False),
+    "one by it": (lambda x: 1 / (1 + F.relu(x)), False),
+    "a tensor by it": (lambda x: torch.ones(8) / (1 + F.relu(x)), False),
+    "itself by a sum": (lambda x: x / (1 + x.abs().sum(1, keepdim=True)), False),
+    "a kernel made of data": (lambda x: F.conv1d(x[:, None], x[:1, None, :3]).flatten(1), False),
+    "instance normalisation": (lambda x: F.instance_norm(x[:, None]).flatten(1), False),
+    "normalisation by the batch": (lambda x: F.batch_norm(x, None, None, training=True), False),
+}
+
+
+@pytest.mark.parametrize(("op", "straight"), OPS.values(), ids=OPS)
+def test_what_is_piecewise_linear_is_told_from_what_is_not(op, straight):
+    outputs = op(nn.Linear(3, 8)(torch.randn(5, 3)))
+    assert piecewise_linear(outputs) == straight
+
+
+def test_batches_and_chunks_do_not_matter():
+    model, (x, y) = case("residual", samples=9)
+    loss = CrossEntropy(label_smoothing=0.1, weight=torch.linspace(0.5, 2, 5, dtype=torch.float64))
+    whole = exact(model, loss, [(x, y)])
+    for parts, chunk in (((2, 7), 64), ((4, 1, 4), 3), ((9,), 1)):
+        found = exact(model, loss, list(zip(x.split(parts), y.split(parts), strict=True)), chunk=chunk)
+        assert found.samples == 9
+        assert (found.forwards, found.backwards) == (1, 5)
+        for name, value in whole.diagonal.items():
+            assert torch.allclose(found.diagonal[name], value, rtol=1e-12, atol=1e-15)
+
+
+def test_a_batch_twice_or_in_another_order_is_the_same_mean():
+    model, (x, y) = case("residual", samples=6)
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    whole = exact(model, CrossEntropy(), [(x, y)])
+    for batches in ([(x, y), (x, y)], [(x[order], y[order])]):
+        found = exact(model, CrossEntropy(), batches)
+        assert all(torch.allclose(found.diagonal[n], v, rtol=1e-12, atol=1e-15) for n, v in whole.diagonal.items())
+
+
+def test_only_ratios_of_class_weights_matter():
+    model, batch = case("mlp")
+    weight = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+    one, ten = (exact(model, CrossEntropy(weight=scale * weight), [batch]) for scale in (1, 10))
+    assert all(torch.allclose(ten.diagonal[n], v, rtol=1e-12, atol=0) for n, v in one.diagonal.items())
+
+
+def test_groups_get_the_sum_of_their_weights():
+    model, batch = case("residual")
+    groups = couple(model, trace(model, batch[0]))
+    found = exact(model, CrossEntropy(), [batch], groups)
+    assert torch.allclose(found.trace, groups.reduce(found.diagonal), rtol=1e-12)
+    assert (found.trace_stderr == 0).all()
+    assert exact(model, CrossEntropy(), [batch]).trace is None
+
+
+@pytest.mark.parametrize("columns", [4, 5, 40])
+def test_columns_for_all_classes_but_one_are_all(columns):
+    model, batch = case("mlp")
+    whole, found = (exact(model, CrossEntropy(), [batch], columns=k, rng=seeded()) for k in (None, columns))
+    assert all(torch.equal(found.diagonal[n], v) for n, v in whole.diagonal.items())
+    assert found.drawn == 0
+    assert all((e == 0).all() for e in found.stderr.values())
+
+
+@pytest.mark.parametrize("columns", [0, 1, 2])
+def test_one_drawn_column_is_unbiased_and_its_stated_error_is_a_bound(columns):
+    """Over 300 seeds: z-scores of the mean within chance, stated variance at least the measured one up to chance."""
+    model, batch = case("plain", samples=6)
+    model[-1].weight.data *= 4  # a share of each sample's classes should be likelier than the rest
+    groups = couple(model, trace(model, batch[0]))
+    whole = exact(model, CrossEntropy(), [batch], groups)
+    rng, many = seeded(columns), 300
+    runs = [exact(model, CrossEntropy(), [batch], groups, columns=columns, rng=rng) for _ in range(many)]
+    assert runs[0].backwards == columns + 1
+    flat = [torch.cat([v.flatten() for v in r.diagonal.values()]) for r in runs]
+    error = [torch.cat([v.flatten() for v in r.stderr.values()]) for r in runs]
+    truth = torch.cat([v.flatten() for v in whole.diagonal.values()])
+    for found, stated, expected in (
+        (torch.stack(flat), torch.stack(error), truth),
+        (torch.stack([r.trace for r in runs]), torch.stack([r.trace_stderr for r in runs]), whole.trace),
+    ):
+        spread = found.std(0)
+        alive = spread > 1e-9 * expected.abs().max()
+        z = (found.mean(0) - expected)[alive] / (spread[alive] / math.sqrt(many))
+        assert (z.abs() < 5.5).all()
+        assert 0.6 < float(z.square().mean().sqrt()) < 1.6  # entries share their draws, so this is wide
+        assert torch.allclose(found[:, ~alive].mean(0), expected[~alive], atol=1e-8 * float(expected.abs().max()))
+        bound = stated.square().mean(0)[alive].sqrt()
+        assert (spread[alive] <= 1.25 * bound).all()
+
+
+def test_the_drawn_share_is_that_of_the_classes_left_over():
+    model, batch = case("mlp", samples=40)
+    whole = sum(float(v.sum()) for v in exact(model, CrossEntropy(), [batch]).diagonal.values())
+    rng = seeded()
+    runs = [exact(model, CrossEntropy(), [batch], columns=2, rng=rng) for _ in range(100)]
+    fixed = [sum(float(v.sum()) for v in r.diagonal.values()) * (1 - r.drawn) for r in runs]
+    assert max(fixed) - min(fixed) < 1e-12 * whole  # what was not drawn is the same each time
+    assert abs(sum(r.drawn for r in runs) / 100 - (1 - fixed[0] / whole)) < 0.02
+    assert 0 < runs[0].drawn < 1
+
+
+def test_a_drawn_column_repeats_under_a_seed():
+    model, batch = case("mlp")
+    one, two, other = (exact(model, CrossEntropy(), [batch], columns=1, rng=seeded(s)) for s in (5, 5, 6))
+    assert all(torch.equal(one.diagonal[n], two.diagonal[n]) for n in one.diagonal)
+    assert not all(torch.equal(one.diagonal[n], other.diagonal[n]) for n in one.diagonal)
+
+
+def test_hutchinson_is_within_its_own_error_of_the_dense_hessian():
+    """A net with GELU, where Gauss-Newton is not the Hessian. Probes are shared, so weights are not independent."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)).double().eval()
+    batch = torch.randn(8, 4, dtype=torch.float64), torch.randint(0, 3, (8,))
+    groups = couple(model, trace(model, batch[0]))
+    diagonal = {f"{i}.weight": dense(model, CrossEntropy(), batch, f"{i}.weight").diagonal() for i in (0, 2, 4)}
+    diagonal = {n: v.reshape(model.get_parameter(n).shape) for n, v in diagonal.items()}
+    zs, ztraces, rng = [], [], seeded()
+    for _ in range(30):
+        found = hutchinson(model, CrossEntropy(), [batch], groups, probes=60, rng=rng)
+        zs += [((found.diagonal[n] - v) / found.stderr[n]).flatten() for n, v in diagonal.items()]
+        ztraces.append((found.trace - groups.reduce(diagonal)) / found.trace_stderr)
+        assert torch.allclose(found.trace, groups.reduce(found.diagonal))
+    for z in (torch.cat(zs), torch.cat(ztraces)):
+        assert abs(float(z.mean())) < 0.15
+        assert 0.9 < float(z.std()) < 1.15
+    assert found.kind == "Hutchinson estimate"
+    assert (found.samples, found.backwards, found.drawn) == (8, 121, 1.0)
+
+
+def test_hutchinson_streams_over_batches_by_their_mass():
+    """The estimate of two batches is the mean of those of each, weighted by samples, probe by probe."""
+    model, (x, y) = case("residual", samples=7)
+    parts = list(zip(x.split((2, 5)), y.split((2, 5)), strict=True))
+    found = hutchinson(model, CrossEntropy(), iter(parts), probes=4, rng=seeded())
+    rng = seeded()
+    a, b = (hutchinson(model, CrossEntropy(), [part], probes=4, rng=rng) for part in parts)
+    assert found.samples == 7
+    for name, value in found.diagonal.items():
+        assert torch.allclose(value, (2 * a.diagonal[name] + 5 * b.diagonal[name]) / 7, rtol=1e-10)
+        error = (4 * a.stderr[name] ** 2 + 25 * b.stderr[name] ** 2).sqrt() / 7
+        assert torch.allclose(found.stderr[name], error, rtol=1e-10)
+    again = hutchinson(model, CrossEntropy(), parts, probes=4, rng=seeded())
+    assert all(torch.equal(again.diagonal[n], v) for n, v in found.diagonal.items())
+    assert found.trace is None
+
+
+def test_hutchinson_has_no_error_where_the_hessian_is_diagonal():
+    """One linear layer of one input under squared error: each probe gives the truth."""
+    model = nn.Sequential(nn.Linear(1, 3, bias=False)).double()
+    x, y = torch.randn(4, 1, dtype=torch.float64), torch.zeros(4, 3, dtype=torch.float64)
+    found = hutchinson(model, SquaredError(), [(x, y)], probes=2, rng=seeded())
+    assert torch.allclose(found.diagonal["0.weight"], (2 * x.square().mean() / 3).expand(3, 1), rtol=1e-12)
+    assert (found.stderr["0.weight"] < 1e-15).all()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # curvlinops, when imported
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+def test_curvlinops_agrees(activation):
+    from curvlinops import GGNLinearOperator, HessianLinearOperator
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), activation(), nn.Flatten(), nn.Linear(12, 4)).double().eval()
+    data = [(torch.randn(n, 2, 4, 4, dtype=torch.float64), torch.randint(0, 4, (n,))) for n in (5, 5)]
+    params = {n: p for n, p in model.named_parameters() if n.endswith("weight")}
+    for bias in (model[0].bias, model[3].bias):
+        bias.requires_grad_(False)
+    found = exact(model, CrossEntropy(), data)
+    flat = torch.cat([found.diagonal[n].flatten() for n in params])
+    operators = [GGNLinearOperator] if activation is nn.GELU else [GGNLinearOperator, HessianLinearOperator]
+    for operator in operators:
+        matrix = operator(model, nn.CrossEntropyLoss(), list(params.values()), data)
+        expected = (matrix @ torch.eye(len(flat), dtype=torch.float64)).diagonal()
+        assert gap(flat, expected.detach()) < 1e-10
+    matrix = HessianLinearOperator(model, nn.CrossEntropyLoss(), list(params.values()), data)
+    hessian = (matrix @ torch.eye(len(flat), dtype=torch.float64)).detach()
+    estimate = hutchinson(model, CrossEntropy(), data, probes=400, rng=seeded())
+    z = torch.cat([((estimate.diagonal[n] - d.reshape(p.shape)) / estimate.stderr[n]).flatten()
+                   for (n, p), d in zip(params.items(), hessian.diagonal().split([p.numel() for p in params.values()]),
+                                        strict=True)])  # fmt: skip
+    assert z.isfinite().all()
+    assert float(z.abs().max()) < 5
+
+
+@pytest.mark.parametrize("measure", [exact, partial(hutchinson, probes=2, rng=seeded())])
+def test_the_model_is_left_as_it_was_found(measure):
+    model, batch = case("residual")
+    model.train()
+    model.bn0.eval()
+    model.stem.weight.requires_grad_(False)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    with torch.no_grad():
+        found = measure(model, CrossEntropy(), [batch])
+    assert "stem.weight" in found.diagonal
+    assert not any(v.requires_grad for v in [*found.diagonal.values(), *found.stderr.values()])
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["stem.weight"]
+    assert all(p.grad is None for p in model.parameters())
+    assert [n for n, m in model.named_modules() if not m.training] == ["bn0"]
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_it_is_left_so_after_an_error_too():
+    model, batch = case("residual")
+    model.train()
+    with pytest.raises(RuntimeError):
+        exact(model, CrossEntropy(), [batch, (batch[0][:, :1], batch[1])])
+    assert model.training
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(self.layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # the case that is refused
+@pytest.mark.parametrize(
+    ("model", "x", "says"),
+    [
+        (Twice(), torch.randn(2, 3), "layer is called twice in one pass"),
+        (nn.Linear(3, 3), torch.randn(2, 4, 3), r"outputs \[batch, classes\] expected, found shape \(2, 4, 3\)"),
+        (nn.Sequential(nn.Conv1d(3, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten()), torch.randn(2, 3, 4),
+         "padding_mode=reflect.* is not known"),
+        (nn.Sequential(nn.Conv1d(3, 2, 2, padding="same"), nn.Flatten()), torch.randn(2, 3, 4), "pads one side more"),
+        (nn.Sequential(nn.Conv3d(1, 2, 1), nn.Flatten()), torch.randn(2, 1, 2, 2, 2), "is not known"),
+    ],
+    ids=["called twice", "three axes", "reflection", "uneven", "3-d"],
+)  # fmt: skip
+def test_what_is_not_known_is_refused_by_name(model, x, says):
+    with pytest.raises(HapError, match=says):
+        exact(model, CrossEntropy(), [(x, torch.tensor([0, 1]))])
+
+
+def test_no_batches_are_refused():
+    model, _ = case("mlp")
+    for measure in (exact, partial(hutchinson, probes=2, rng=seeded())):
+        with pytest.raises(HapError, match="calibration batches expected, found none"):
+            measure(model, CrossEntropy(), [])
+
+
+def test_one_probe_is_refused():
+    model, batch = case("mlp")
+    with pytest.raises(HapError, match=r"at least 2 probes expected, .* found 1"):
+        hutchinson(model, CrossEntropy(), [batch], probes=1, rng=seeded())
+
+
+def by_autograd(module, x, grads):
+    """Squares of per-sample gradients, one backward pass a sample and column."""
+    each = torch.stack([
+        torch.stack([torch.autograd.grad(module(x[n : n + 1]), module.weight, g[n : n + 1])[0] for n in range(len(x))])
+        for g in grads
+    ]).square()  # fmt: skip
+    return each.sum((0, 1)), each[-1].flatten(2).sum(2), each[-1].square().sum(0)
+
+
+def compare(module, x):
+    grads = torch.randn(3, *module(x).shape, dtype=x.dtype)
+    for found, expected in zip(squared_gradients(module, x, grads), by_autograd(module, x, grads), strict=True):
+        assert found.shape == expected.shape
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_squares_of_any_convolution_are_those_of_autograd(data):
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
+    dims, groups = draw(1, 2), draw(1, 3)
+    kernel = tuple(draw(1, 3) for _ in range(dims))
+    dilation = tuple(draw(1, 2) for _ in range(dims))
+    odd = all(d * (k - 1) % 2 == 0 for d, k in zip(dilation, kernel, strict=True))
+    stride = tuple(draw(1, 3) for _ in range(dims))
+    padding = data.draw(st.sampled_from(["valid", "number", *(["same"] if odd and set(stride) == {1} else [])]))
+    torch.manual_seed(draw(0, 9))
+    module = (nn.Conv1d, nn.Conv2d)[dims - 1](
+        groups * draw(1, 2), groups * draw(1, 2), kernel, stride, draw(0, 2) if padding == "number" else padding,
+        dilation, groups, bias=data.draw(st.booleans()),
+    ).double()  # fmt: skip
+    compare(module, torch.randn(draw(1, 3), module.in_channels, *[draw(5, 7)] * dims, dtype=torch.float64))
+
+
+@given(st.integers(1, 4), st.lists(st.integers(1, 3), max_size=2), st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=30)
+def test_squares_of_a_linear_layer_on_any_axes_are_those_of_autograd(n, axes, slots, rows):
+    compare(nn.Linear(slots, rows).double(), torch.randn(n, *axes, slots, dtype=torch.float64))
+
+
+def test_memory_is_bounded_by_parts_of_a_batch(monkeypatch):
+    monkeypatch.setattr(persample, "BYTES", 1)
+    module = nn.Conv2d(2, 3, 3, padding=1).double()
+    compare(module, torch.randn(5, 2, 4, 4, dtype=torch.float64))

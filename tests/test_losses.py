@@ -1,0 +1,100 @@
+"""Losses: their columns against the dense Hessian in the outputs, by autograd; their means against torch's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hap import CrossEntropy
+from hap.losses import Loss, SquaredError
+
+WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.1], dtype=torch.float64)
+LOSSES = {
+    "plain": CrossEntropy(),
+    "smoothed": CrossEntropy(label_smoothing=0.2),
+    "weighted": CrossEntropy(weight=WEIGHT),
+    "both": CrossEntropy(label_smoothing=0.1, weight=WEIGHT),
+    "squared": SquaredError(),
+}
+
+
+def setting(name):
+    rng = torch.Generator().manual_seed(0)
+    outputs = 2 * torch.randn(6, 4, generator=rng, dtype=torch.float64)
+    targets = torch.randint(0, 4, (6,), generator=rng)
+    return LOSSES[name], outputs, torch.randn_like(outputs) if name == "squared" else targets
+
+
+def dense(loss, outputs, targets):
+    """The Hessian of each sample's summed loss."""
+
+    def one(output, target):
+        return loss.total(output[None], target[None])
+
+    return torch.stack(
+        [torch.autograd.functional.hessian(lambda x, t=t: one(x, t), o) for o, t in zip(outputs, targets, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_columns_are_a_root_of_the_hessian_in_the_outputs(name):
+    loss, outputs, targets = setting(name)
+    columns = loss.columns(outputs, targets, None, None)
+    assert torch.allclose(torch.einsum("cni,cnj->nij", columns, columns), dense(loss, outputs, targets), atol=1e-14)
+    assert isinstance(loss, Loss)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+@pytest.mark.parametrize("name", ["plain", "both"])
+def test_some_columns_and_one_drawn_are_the_hessian_on_average(name, k):
+    """Within five standard errors over 4,000 draws; a bias below a hundredth of the Hessian passes."""
+    loss, outputs, targets = setting(name)
+    rng, many = torch.Generator().manual_seed(k), 4000
+    columns = loss.columns(outputs.repeat(many, 1), targets.repeat(many), k, rng)
+    assert len(columns) == k + 1
+    found = torch.einsum("cni,cnj->nij", columns, columns).reshape(many, 6, 4, 4)
+    error = found.std(0) / many**0.5
+    assert ((found.mean(0) - dense(loss, outputs, targets)).abs() <= 5 * error + 1e-12).all()
+
+
+@pytest.mark.parametrize("k", [3, 4, 9])
+def test_nothing_is_drawn_when_one_class_is_left(k):
+    loss, outputs, targets = setting("plain")
+    rng = torch.Generator().manual_seed(0)
+    before = rng.get_state()
+    found = loss.columns(outputs, targets, k, rng)
+    assert torch.equal(found, loss.columns(outputs, targets, None, None))
+    assert torch.equal(before, rng.get_state())
+
+
+def test_the_likeliest_classes_come_first():
+    loss, outputs, targets = setting("plain")
+    p = outputs.softmax(1)
+    first = loss.columns(outputs, targets, 1, torch.Generator().manual_seed(0))[0]
+    likeliest = F.one_hot(p.argmax(1), 4) - p
+    assert torch.allclose(first, likeliest * p.amax(1, keepdim=True).sqrt())
+
+
+def test_a_sample_without_doubt_draws_nothing_that_is_not_finite():
+    columns = CrossEntropy().columns(torch.tensor([[1e4, 0, 0, 0]]), torch.tensor([0]), 1, torch.Generator())
+    assert columns.isfinite().all()
+    assert columns.square().sum() < 1e-12
+
+
+def test_squared_error_has_a_column_for_each_output_whatever_is_asked():
+    loss, outputs, targets = setting("squared")
+    assert torch.equal(loss.columns(outputs, targets, 1, None), loss.columns(outputs, targets, None, None))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_mean_is_that_of_torch(name):
+    loss, outputs, targets = setting(name)
+    peer = nn.MSELoss() if name == "squared" else nn.CrossEntropyLoss(loss.weight, label_smoothing=loss.label_smoothing)
+    assert torch.isclose(loss(nn.Identity(), (outputs, targets)), peer(outputs, targets), rtol=1e-14)
+    assert torch.isclose(loss.total(outputs, targets) / loss.mass(targets), peer(outputs, targets), rtol=1e-14)
+
+
+def test_the_call_says_how_outputs_come_from_the_model():
+    loss, outputs, targets = setting("plain")
+    doubled = CrossEntropy(call=lambda model, x: 2 * model(x))
+    assert torch.isclose(doubled(nn.Identity(), (outputs, targets)), loss(nn.Identity(), (2 * outputs, targets)))
