@@ -37,8 +37,8 @@ def tests(session: nox.Session) -> None:
     _run(session, "coverage", "run", "-m", "pytest", "-n", str(WORKERS))
     _run(session, "coverage", "combine", "--quiet")
     _run(session, "coverage", "report")
-    _run(session, "coverage", "json", "--quiet", "-o", ".coverage.json")
-    totals = json.loads((ROOT / ".coverage.json").read_text())["totals"]
+    _run(session, "coverage", "json", "--quiet", "-o", ".coverage-branches.json")
+    totals = json.loads((ROOT / ".coverage-branches.json").read_text())["totals"]
     percent = 100 * totals["covered_branches"] / totals["num_branches"]
     print(f"branch coverage of hap/: {percent:.1f} % ({totals['covered_branches']} of {totals['num_branches']})")
     if percent < LEAST_BRANCHES:
