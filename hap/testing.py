@@ -88,7 +88,11 @@ def check_implant(implant: Implant, module: nn.Module, x: Tensor) -> None:
     y = module(x)
     for rows, slots in ((torch.tensor([0]), torch.arange(x.shape[1])), (torch.arange(y.shape[1]), torch.tensor([0]))):
         made = implant(module, rows, Inputs(lambda: iter([x]), slots, True))
-        shape, found = (y.shape[0], len(rows), *y.shape[2:]), made(x.index_select(1, slots)).shape
+        shape = (y.shape[0], len(rows), *y.shape[2:])
+        try:
+            found = made(x.index_select(1, slots)).shape
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise HapError(f"check_implant: it does not run ({str(error).splitlines()[0]})") from error
         if tuple(found) != shape:
             raise HapError(f"check_implant: output of shape {shape} expected, found {tuple(found)}")
     if any(not torch.equal(value, before[name]) for name, value in module.state_dict().items()):

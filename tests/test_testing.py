@@ -1,0 +1,187 @@
+"""The kit finds what is planted: a stranger's score, implant, groups or surgery that breaks one rule each."""
+
+import pytest
+import torch
+from cases import SMALL, build
+from torch import nn
+
+from hap import CrossEntropy, HapError, couple, declare, testing, trace
+from hap.implants import centre_tap
+from hap.methods import magnitude
+from hap.plan import Fate
+from hap.testing import check_groups, check_implant, check_score, random_plan
+
+
+def setting(name="residual", how="union"):
+    model, x = build(SMALL, name)
+    batches = [(x, torch.tensor([0, 1]))]
+    return model, batches, couple(model, trace(model, x), how)
+
+
+def from_the_global_generator(model, loss, batches, groups, *, rng):
+    return torch.rand(len(groups))
+
+
+def changing_weights(model, loss, batches, groups, *, rng):
+    with torch.no_grad():
+        model.stem.weight.add_(1e-3)
+    return torch.rand(len(groups), generator=rng)
+
+
+def changing_statistics(model, loss, batches, groups, *, rng):
+    model.train()
+    for x, _ in batches:
+        model(x)
+    model.eval()
+    return torch.rand(len(groups), generator=rng)
+
+
+def changing_modes(model, loss, batches, groups, *, rng):
+    model.bn0.train()
+    return torch.rand(len(groups), generator=rng)
+
+
+def freezing(model, loss, batches, groups, *, rng):
+    model.fc.weight.requires_grad_(False)
+    return torch.rand(len(groups), generator=rng)
+
+
+def leaving_gradients(model, loss, batches, groups, *, rng):
+    sum(loss(model, batch) for batch in batches).backward()
+    return torch.rand(len(groups), generator=rng)
+
+
+def not_finite(model, loss, batches, groups, *, rng):
+    return torch.rand(len(groups), generator=rng).index_fill(0, torch.tensor(1), torch.nan)
+
+
+def too_long(model, loss, batches, groups, *, rng):
+    return torch.rand(len(groups) + 1, generator=rng)
+
+
+def by_row(model, loss, batches, groups, *, rng):
+    return torch.rand(len(groups), 1, generator=rng)
+
+
+def with_gradient(model, loss, batches, groups, *, rng):
+    return torch.rand(len(groups), generator=rng) + model.fc.bias.sum()
+
+
+FAULTS = {
+    from_the_global_generator: "two runs with the same seed differ",
+    changing_weights: r"the model was left changed \(stem.weight\)",
+    changing_statistics: r"the model was left changed \(bn0.running_mean\)",
+    changing_modes: r"the model was left changed \(its modes\)",
+    freezing: "the model was left changed",
+    leaving_gradients: "gradients were left on the parameters",
+    not_finite: "finite numbers expected",
+    too_long: "finite numbers expected",
+    by_row: "finite numbers expected",
+    with_gradient: "the scores carry a gradient",
+}
+
+
+@pytest.mark.parametrize(("fault", "says"), FAULTS.items(), ids=[f.__name__ for f in FAULTS])
+def test_a_faulty_score_is_found(fault, says):
+    model, batches, groups = setting()
+    with pytest.raises(HapError, match=f"^check_score: .*{says}"):
+        check_score(fault, model, CrossEntropy(), batches, groups)
+
+
+def test_a_sound_score_passes_on_batches_that_can_be_read_once():
+    model, batches, groups = setting()
+    check_score(magnitude, model, CrossEntropy(), iter(batches), groups)
+
+
+def too_wide(module, rows, inputs):
+    return centre_tap(module, torch.arange(module.out_channels), inputs)
+
+
+def too_small(module, rows, inputs):
+    return nn.Sequential(centre_tap(module, rows, inputs), nn.MaxPool2d(2))
+
+
+def reading_everything(module, rows, inputs):
+    return nn.Conv2d(module.in_channels, len(rows), 1)
+
+
+def changing_the_module(module, rows, inputs):
+    made = centre_tap(module, rows, inputs)
+    nn.init.zeros_(module.weight)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (too_wide, "output of shape"),
+        (too_small, "output of shape"),
+        (reading_everything, "check_implant: it does not run"),
+        (changing_the_module, "the module was changed"),
+    ],
+)
+def test_a_faulty_implant_is_found(fault, says):
+    with pytest.raises(HapError, match=says):
+        check_implant(fault, nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 6, 6))
+
+
+def test_groups_of_a_table_that_is_not_true_are_found():
+    """Two rows are swapped; a plan that keeps both or drops both cannot tell, so it takes more than a few plans."""
+    model, x = build(SMALL, "plain")
+    rows = [(i, 4 * i + j) for i in range(6) for j in range(4)]
+    wrong = [("0", "3", range(4), [1, 0, 2, 3]), ("3", "6", *zip(*rows, strict=True)), ("6", "8", range(7), range(7))]
+    groups = couple(model, declare(model, x, wrong, frozen=["8"]))
+    with pytest.raises(HapError, match="check_groups: surgery and masking differ by"):
+        check_groups(model, x, groups, trials=12)
+
+
+def test_groups_that_leave_a_reader_out_make_a_model_that_does_not_run():
+    model, x = build(SMALL, "plain")
+    groups = couple(model, declare(model, x, [("6", "8", range(7), range(7))], frozen=["0", "3", "8"]), "union")
+    check_groups(model, x, groups)
+    table = [("0", "3", range(4), range(4)), ("3", "6", range(6), range(6)), ("6", "8", range(7), range(7))]
+    groups = couple(model, declare(model, x, table, frozen=["8"]))
+    with pytest.raises(HapError, match=r"check_groups: the pruned model does not run \(.+\)$"):
+        check_groups(model, x, groups)
+
+
+def test_surgery_that_forgets_a_row_is_found(monkeypatch):
+    def forgetful(model, groups, chosen, implant):
+        fates = chosen.fates(groups)
+        fates[(fates == Fate.KEEP).nonzero()[0]] = int(Fate.DROP)
+        return testing.mask(model, groups, testing.Plan.of(groups, fates))
+
+    model, batches, groups = setting("mlp")
+    monkeypatch.setattr(testing, "apply", forgetful)
+    with pytest.raises(HapError, match="surgery and masking differ by"):
+        check_groups(model, batches[0][0], groups)
+
+
+def test_surgery_that_removes_nothing_is_found_by_its_parameters(monkeypatch):
+    model, batches, groups = setting("mlp")
+    monkeypatch.setattr(testing, "apply", lambda model, groups, chosen, implant: testing.mask(model, groups, chosen))
+    with pytest.raises(HapError, match=r"check_groups: \d+ parameters foreseen, \d+ found"):
+        check_groups(model, batches[0][0], groups)
+
+
+def test_outputs_that_are_not_numbers_are_found(monkeypatch):
+    def broken(model, groups, chosen, implant):
+        small = testing.mask(model, groups, chosen)
+        nn.init.constant_(small[-1].bias, torch.nan)
+        return small
+
+    model, batches, groups = setting("mlp")
+    monkeypatch.setattr(testing, "apply", broken)
+    with pytest.raises(HapError, match="surgery and masking differ by nan"):
+        check_groups(model, batches[0][0], groups)
+
+
+def test_a_random_plan_keeps_a_row_of_every_layer_and_has_the_shares_asked_for():
+    _, _, groups = setting("plain", "tied")
+    for seed in range(20):
+        fates = random_plan(groups, torch.Generator().manual_seed(seed), 0.9, 0.1).fates(groups)
+        for s in groups.shapes.values():
+            of = groups.row_group[s.first_row : s.first_row + s.rows]
+            assert not (of >= 0).all() or (fates[of] == Fate.KEEP).any()
+    untouched = random_plan(groups, torch.Generator(), 0.0, 0.0)
+    assert set("".join(untouched.rows.values())) == {"#"}
