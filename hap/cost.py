@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from hap.taps import Call, evaluating, forward
+from hap.layers import Call, evaluating, forward
 
 COUNTED = ("convolution", "addmm", "mm")
 
@@ -24,7 +24,7 @@ def params(model: nn.Module) -> int:
 @torch.no_grad()
 def macs(model: nn.Module, example: Any, *, call: Call = forward) -> int:
     """MACs of one forward pass of the example."""
-    with FlopCounterMode(display=False) as counter:
+    with evaluating(model), FlopCounterMode(display=False) as counter:
         call(model, example)
     flops = counter.get_flop_counts().get("Global", {})
     return sum(int(n) for op, n in flops.items() if str(op).rpartition(".")[2] in COUNTED) // 2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from hap import HapError
-from hap.taps import is_mixing, starts
+from hap.layers import is_mixing, starts
 from hap.tracing import Feeds
 
 
@@ -147,7 +147,7 @@ def _number(
 
 def _ambiguous(feeds: Feeds) -> Bool[Tensor, "slots"]:
     """Slots that several rows of one module feed: an output of a head is fed by all queries of the head."""
-    module = torch.repeat_interleave(torch.arange(len(feeds.rows)), torch.tensor(feeds.rows))
+    module = torch.repeat_interleave(torch.arange(len(feeds.rows)), torch.tensor(feeds.rows, dtype=torch.long))
     row, slot = feeds.edges
     key, count = torch.unique(module[row] * len(feeds.frozen_slots) + slot, return_counts=True)
     return torch.zeros_like(feeds.frozen_slots).index_fill_(0, key[count > 1] % len(feeds.frozen_slots), True)
@@ -181,6 +181,8 @@ def _shapes(model: nn.Module, feeds: Feeds) -> dict[str, Shape]:
 def implantable(module: nn.Module) -> bool:
     """Whether a 1x1 convolution of the same stride can stand in for rows of the module, and is smaller."""
     if not isinstance(module, _ConvNd) or module.groups > 1 or math.prod(module.kernel_size) == 1:
+        return False
+    if any(k % 2 == 0 for k in module.kernel_size):  # no tap at the centre
         return False
     centre = tuple(d * (k - 1) / 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
     return module.padding == "same" or centre == tuple(module.padding)

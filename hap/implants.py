@@ -32,7 +32,7 @@ def centre_tap(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
     centre = pointwise.weight.detach()
     for k in module.kernel_size:
         centre = centre.narrow(centre.dim() - pointwise.weight.dim() + 2, k // 2, 1).movedim(2, -1)
-    pointwise.weight = nn.Parameter(centre.clone())
+    pointwise.weight = nn.Parameter(centre.clone(), requires_grad=pointwise.weight.requires_grad)
     pointwise.kernel_size = pointwise.dilation = (1,) * len(module.kernel_size)
     pointwise.padding, pointwise.padding_mode = (0,) * len(module.kernel_size), "zeros"
     pointwise._reversed_padding_repeated_twice = [0, 0] * len(module.kernel_size)
@@ -49,7 +49,7 @@ def least_squares(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
     pointwise = centre_tap(module, rows, inputs)
     assert isinstance(module, _ConvNd)
     assert isinstance(pointwise, _ConvNd)
-    taps = nn.Identity() if len(inputs.slots) == 0 else _Tap(pointwise)
+    taps = _Tap(pointwise)
     dense = resize(copy.deepcopy(module), rows, torch.arange(module.in_channels))
     zz: Tensor | float = 0.0
     zy: Tensor | float = 0.0
@@ -81,11 +81,12 @@ def merge(module: nn.Module) -> nn.Module:
         ]
         weights.append(nn.functional.pad(conv.weight.detach(), pad))
     rows = torch.cat([*weights, torch.zeros_like(weights[0][:1])])[module.order]
-    merged.weight = nn.Parameter(rows)
+    wide = rows.new_zeros(len(rows), module.given, *size).index_copy(1, module.take, rows)
+    merged.weight = nn.Parameter(wide)
     if any(conv.bias is not None for conv in convs):
         biases = [c.weight.new_zeros(c.out_channels) if c.bias is None else c.bias.detach() for c in convs]
         merged.bias = nn.Parameter(torch.cat([*biases, biases[0].new_zeros(1)])[module.order])
-    merged.out_channels = len(rows)
+    merged.out_channels, merged.in_channels = len(rows), module.given
     return merged
 
 
@@ -108,9 +109,9 @@ def _columns(x: Tensor) -> Float[Tensor, "channels positions"]:
 
 def _set(pointwise: _ConvNd, solution: Tensor, inputs: Inputs) -> nn.Module:
     weight, like = solution[:, : len(inputs.slots)], pointwise.weight
-    pointwise.weight = nn.Parameter(weight.to(like).reshape(like.shape))
+    pointwise.weight = nn.Parameter(weight.to(like).reshape(like.shape), requires_grad=like.requires_grad)
     if inputs.constant:
-        pointwise.bias = nn.Parameter(solution[:, -1].to(like))
+        pointwise.bias = nn.Parameter(solution[:, -1].to(like), requires_grad=like.requires_grad)
     return pointwise
 
 

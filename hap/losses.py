@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hap.taps import Call, forward
+from hap import HapError
+from hap.layers import Call, forward
 
 
 @runtime_checkable
@@ -55,11 +56,13 @@ class CrossEntropy:
 
     def total(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
         """The summed loss."""
-        return F.cross_entropy(outputs, targets, self.weight, reduction="sum", label_smoothing=self.label_smoothing)
+        _check(outputs, targets)
+        weight = None if self.weight is None else self.weight.to(outputs)
+        return F.cross_entropy(outputs, targets, weight, reduction="sum", label_smoothing=self.label_smoothing)
 
     def mass(self, targets: Tensor) -> Tensor:
         """The number of samples, or the sum of their class weights."""
-        return torch.ones_like(targets).sum() if self.weight is None else self.weight[targets].sum()
+        return torch.ones_like(targets).sum() if self.weight is None else self.weight.to(targets.device)[targets].sum()
 
     def columns(
         self, outputs: Float[Tensor, "batch classes"], targets: Tensor, k: int | None, rng: torch.Generator | None
@@ -69,17 +72,32 @@ class CrossEntropy:
         The drawn one stands for all the others: class c with probability p_c / r, scaled by sqrt(r), where r is the
         probability that is left; its square is unbiased.
         """
+        _check(outputs, targets)
+        if k is not None and (k < 0 or rng is None):
+            raise HapError(
+                f"columns: a count of at least 0, and a generator to draw with, expected; found {k} and {rng}"
+            )
         p = outputs.softmax(-1)
         share, order = p.sort(-1, descending=True)
         if k is not None and k < p.shape[-1] - 1:
             rest = share[:, k:].clamp_min(torch.finfo(p.dtype).tiny)
-            drawn = torch.multinomial(rest.cpu(), 1, generator=rng).to(order.device)
+            assert rng is not None
+            drawn = torch.multinomial(rest.to(rng.device), 1, generator=rng).to(order.device)
             order = torch.cat([order[:, :k], order[:, k:].gather(1, drawn)], 1)
             share = torch.cat([share[:, :k], rest.sum(1, keepdim=True)], 1)
         weight = torch.ones_like(p[0]) if self.weight is None else self.weight.to(p)
         a = (1 - self.label_smoothing) * weight[targets] + self.label_smoothing * weight.mean()
         vectors = F.one_hot(order.T, p.shape[-1]).to(p) - p
         return vectors * (share * a[:, None]).sqrt().T[..., None]
+
+
+def _check(outputs: Any, targets: Tensor) -> None:
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise HapError(f"cross-entropy: logits [batch, classes] expected, found {found}; pass call= that returns them")
+    if targets.dtype != torch.long or targets.shape != outputs.shape[:1]:
+        found = f"{targets.dtype} of shape {tuple(targets.shape)}"
+        raise HapError(f"cross-entropy: a class index for each of {len(outputs)} samples expected, found {found}")
 
 
 @dataclass(frozen=True)

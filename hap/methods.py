@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hap import HapError
-from hap.curvature import exact, hutchinson
+from hap.curvature import exact, hutchinson, measuring
 from hap.groups import Groups
+from hap.layers import weight_of
 from hap.losses import Loss
-from hap.taps import evaluating
 
 
 def hessian_trace(
@@ -63,9 +63,9 @@ def taylor(
     names = list(_weights(model, groups, lambda w: w))
     params = [model.get_parameter(name) for name in names]
     scores = []
-    with evaluating(model), torch.enable_grad():
+    with measuring(model):
         for batch in batches:
-            slopes = torch.autograd.grad(loss(model, batch), params)
+            slopes = torch.autograd.grad(loss(model, batch), params, materialize_grads=True)
             scores.append(groups.reduce({n: g * p for n, g, p in zip(names, slopes, params, strict=True)}).square())
     if not scores:
         raise HapError("taylor: calibration batches expected, found none")
@@ -99,7 +99,7 @@ def uniform(
 
 def _weights(model: nn.Module, groups: Groups, function: Any) -> dict[str, Tensor]:
     """A function of each weight that the groups are made of, by parameter name."""
-    names = [f"{name}.weight" for name, shape in groups.shapes.items() if shape.mixing]
+    names = [weight_of(name) for name, shape in groups.shapes.items() if shape.mixing]
     return {name: function(model.get_parameter(name).detach()) for name in names}
 
 

@@ -12,19 +12,21 @@ class Patch(nn.Module):
     order: Tensor
     take: Tensor
 
-    def __init__(self, parts: Iterable[nn.Module], order: Tensor, take: Tensor, axis: int, idle: bool) -> None:
-        """`order`: for each row written, its place among those computed; `idle`: some row is zero."""
+    def __init__(
+        self, parts: Iterable[nn.Module], order: Tensor, take: Tensor, axis: int, given: int, idle: bool
+    ) -> None:
+        """`order`: place of each written row among those computed; `given`: input width; `idle`: some row is zero."""
         super().__init__()
         self.parts = nn.ModuleList(parts)
-        self.axis, self.idle = axis, idle
+        self.axis, self.given, self.idle = axis, given, idle
         self.register_buffer("order", order)
         self.register_buffer("take", take)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The rows of all parts in the order of the module that the patch replaces."""
-        if len(self.take) < x.shape[self.axis]:
-            x = x.index_select(self.axis, self.take)
-        rows = [part(x) for part in self.parts]
+        if len(self.take) < self.given:
+            input = input.index_select(self.axis, self.take)
+        rows = [part(input) for part in self.parts]
         if self.idle:
             shape = list(rows[0].shape)
             shape[self.axis] = 1

@@ -58,12 +58,21 @@ def _one_position(u: Tensor, g: Tensor) -> Squares:
     )
 
 
+def refuse_unknown(name: str, module: nn.Module) -> None:
+    """HapError unless the gradients of the module's weight are those of a layer known here."""
+    own = type(module).forward in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+    if not own or "weight" not in dict(module.named_parameters(recurse=False)):
+        raise HapError(
+            f"curvature: {name} ({type(module).__name__}) is not known; nn.Linear, nn.Conv1d and nn.Conv2d are"
+        )
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        raise HapError(f"curvature: {name} pads with {module.padding_mode}; only zeros are known")
+
+
 def _patches(module: nn.Module, x: Tensor) -> Float[Tensor, "batch groups cols positions"]:
     if isinstance(module, nn.Linear):
         return x.reshape(len(x), 1, -1, x.shape[-1]).mT
     assert isinstance(module, _ConvNd)
-    if module.padding_mode != "zeros" or len(module.kernel_size) > 2:
-        raise HapError(f"curvature: {module} is not known; zero-padded 1-d and 2-d convolutions and nn.Linear are")
     kernel, stride, dilation, padding = module.kernel_size, module.stride, module.dilation, _padding(module)
     if len(kernel) == 1:
         x, kernel, stride, dilation, padding = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation), (0, *padding)

@@ -44,6 +44,8 @@ class Budget:
         given = {k: v for k in ("params", "macs", "groups") if (v := getattr(self, k)) is not None}
         if len(given) != 1:
             raise HapError(f"budget: exactly one of params, macs, groups expected, found {sorted(given) or 'none'}")
+        if wrong := [k for k, v in asdict(self).items() if v is not None and not isinstance(v, int | float)]:
+            raise HapError(f"budget.{wrong[0]}: a number expected, found {getattr(self, wrong[0])!r}")
         if not 0 < self.target < 1:
             raise HapError(f"budget.{self.unit}: a fraction between 0 and 1 to remove expected, found {self.target}")
         if not 0 <= self.implant < 1:
@@ -90,8 +92,10 @@ class Plan:
     def fates(self, groups: Groups) -> Int[Tensor, "groups"]:
         """The fate of each group; HapError when the plan was made for other groups."""
         wide = {name: s.rows for name, s in groups.shapes.items() if s.mixing}
-        if {name: len(line) for name, line in self.rows.items()} != wide:
-            raise HapError(f"plan: {len(self.rows)} modules and their rows do not fit the {len(wide)} of the model")
+        for name in [*wide, *self.rows]:
+            if len(self.rows.get(name, "")) != wide.get(name, 0):
+                found, expected = len(self.rows.get(name, "")), wide.get(name, 0)
+                raise HapError(f"plan: {name} with {expected} rows expected, as in the model, found {found}")
         index = {letter: int(fate) for fate, letter in LETTER.items()}
         fate = torch.full_like(groups.row_group, int(Fate.KEEP))
         for name, line in self.rows.items():
@@ -123,17 +127,23 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
     Of the pruned groups, the share `budget.implant` of highest score become implants. Raises HapError when scores are
     not finite or the budget cannot be met.
     """
-    if len(scores) != len(groups) or not bool(scores.isfinite().all()):
-        raise HapError(f"scores: {len(groups)} finite numbers expected, found {len(scores)}, some of them not finite")
+    if not len(groups):
+        raise HapError("plan: no group may be pruned; every row reaches the output or a module that cannot be sliced")
+    if scores.shape != (len(groups),):
+        raise HapError(
+            f"scores: one number for each of {len(groups)} groups expected, found shape {tuple(scores.shape)}"
+        )
+    if not bool(scores.isfinite().all()):
+        raise HapError(f"scores: finite numbers expected, found {int((~scores.isfinite()).sum())} that are not")
     order = _order(groups, scores, budget.layer_limit)
     whole = getattr(cost(groups, torch.full((len(groups),), int(Fate.KEEP))), budget.unit)
 
     def removed(pruned: int) -> float:
-        return 1 - float(getattr(cost(groups, _fates(groups, order, pruned, budget.implant)), budget.unit) / whole)
+        left = getattr(cost(groups, _fates(groups, order, pruned, budget.implant)), budget.unit)
+        return 1 - float(left / whole) + 1e-12 if whole else 0.0  # 1 - 0.9 is less than 0.1
 
     low, high = 0, len(order)
-    if not whole or removed(high) < budget.target:
-        most = removed(high) if whole else 0.0
+    if (most := removed(high)) < budget.target:
         raise HapError(
             f"budget.{budget.unit}: {budget.target} cannot be removed, at most {most:.4f} within layer_limit"
         )

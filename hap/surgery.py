@@ -13,10 +13,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from hap import HapError
-from hap.groups import Groups, Shape, components
+from hap.groups import Groups, components
+from hap.layers import Call, axis, evaluating, first_tensor, forward
 from hap.patch import Patch
 from hap.plan import Fate, Plan
-from hap.taps import Call, axis, evaluating, forward
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,17 @@ def apply(
 ) -> nn.Module:
     """A copy of the model without what the plan drops, and with implants where it says so.
 
-    `batches`: calibration inputs, as `call` takes them, for implants that look at them. Where the coupling leaves a
-    dropped row's slot alive, a `Patch` writes zeros; a BatchNorm that only dropped rows feed is narrowed with them.
+    `batches`: calibration inputs, as `call` takes them and without targets, for implants that look at them. Where the
+    coupling leaves a dropped row's slot alive, a `Patch` writes zeros; a BatchNorm that only dropped rows feed is
+    narrowed with them. Raises HapError for a plan of other groups, and for a layer that loses all it has.
     """
-    cuts = _cuts(groups, plan)
+    cuts, batches = _cuts(groups, plan), list(batches)
     small = copy.deepcopy(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for name, cut in cuts.items():
         module = small.get_submodule(name)
-        if isinstance(module, _ConvNd) and not (len(cut.kept) + len(cut.implanted) and len(cut.slots)):
-            raise HapError(f"{name}: at least one row and one input of a convolution must stay, found none in the plan")
+        if not isinstance(module, nn.Linear) and not (len(cut.kept) + len(cut.implanted) and len(cut.slots)):
+            raise HapError(f"{name}: a {type(module).__name__} must keep a row and an input, found none in the plan")
         parts = [resize(copy.deepcopy(module), cut.kept, cut.slots)] if len(cut.kept) or not len(cut.implanted) else []
         if len(cut.implanted):
             if implant is None:
@@ -68,8 +70,8 @@ def apply(
             inputs = _inputs(model, groups, name, cut, batches, call)
             made = implant(model.get_submodule(name), cut.implanted, inputs)
             parts.append(_absorb(small, groups, cuts, name, cut, made))
-        _replace(small, name, _patched(module, cut, parts))
-    return small.train(model.training)
+        _replace(small, module, _patched(module, cut, parts, device).train(module.training))
+    return small
 
 
 def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
@@ -83,7 +85,10 @@ def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
         if idle.any():
             module.register_forward_hook(lambda m, _, y, idle=idle: _blank(y, idle, axis(m)))
         if s.mixing and unread.any():
-            module.register_forward_pre_hook(lambda m, x, unread=unread: (_blank(x[0], unread, axis(m)), *x[1:]))
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs, unread=unread: ((_blank(first_tensor(args, kwargs), unread, axis(m)),), {}),
+                with_kwargs=True,
+            )
     return masked
 
 
@@ -148,7 +153,7 @@ def _cuts(groups: Groups, plan: Plan) -> dict[str, Cut]:
     return cuts
 
 
-def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module]) -> nn.Module:
+def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module], device: torch.device) -> nn.Module:
     """One part alone where nothing is selected or scattered, else a Patch."""
     rows = torch.cat([cut.kept, cut.implanted])
     place = torch.full((len(cut.written),), len(rows)).index_copy_(0, rows, torch.arange(len(rows)))[cut.written]
@@ -157,9 +162,8 @@ def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module]) -> nn.Module:
     whole = len(take) == int(cut.given.sum())
     if len(parts) == 1 and whole and torch.equal(place, torch.arange(len(rows))):
         return parts[0]
-    device = next((t.device for t in module.state_dict().values()), torch.device("cpu"))
     idle = bool((place == len(rows)).any())
-    return Patch(parts, place.to(device), take.to(device), axis(module), idle)
+    return Patch(parts, place.to(device), take.to(device), axis(module), int(cut.given.sum()), idle)
 
 
 def _absorb(
@@ -169,11 +173,11 @@ def _absorb(
     bias = getattr(implant, "bias", None)
     if not isinstance(bias, Tensor) or groups.shapes[name].extras:
         return implant
-    norm_name, slots = _reader(groups, groups.shapes[name], cut.implanted)
+    norm_name, slots = _reader(groups, name, cut.implanted)
     norm = small.get_submodule(norm_name)
     norm = norm.parts[0] if isinstance(norm, Patch) else norm
-    assert isinstance(norm, _BatchNorm | _InstanceNorm)
-    assert norm.running_mean is not None
+    if not isinstance(norm, _BatchNorm | _InstanceNorm) or norm.running_mean is None:
+        raise HapError(f"{name}: an implant without a bias expected, for neither it nor a BatchNorm behind it has one")
     # the norm may have been narrowed already: the order of modules in a model is not the order of the data
     if norm_name in cuts and norm.num_features == len(cuts[norm_name].kept):
         slots = torch.searchsorted(cuts[norm_name].kept, slots)
@@ -183,29 +187,27 @@ def _absorb(
     return implant
 
 
-def _reader(groups: Groups, shape: Shape, rows: Tensor) -> tuple[str, Tensor]:
-    """The BatchNorm whose channels read these rows and nothing else, and which; ("", none) when there is none."""
-    nowhere = "", torch.empty(0, dtype=torch.long)
+def _reader(groups: Groups, name: str, rows: Tensor) -> tuple[str, Tensor]:
+    """The BatchNorm that reads these rows as they are and nothing else, and its slots; ("", none) without one."""
+    shape, norm = groups.shapes[name], groups.feeds.follows.get(name, "")
     row, slot = groups.feeds.edges
     mine = torch.isin(row, rows + shape.first_row)
     read = slot[mine]
-    if len(read) != len(rows) or int(torch.isin(slot, read).sum()) != len(rows):
-        return nowhere
-    read = read[row[mine].argsort()]
-    for name, s in groups.shapes.items():
-        if not s.mixing and bool(((read >= s.first_slot) & (read < s.first_slot + s.slots)).all()):
-            return name, read - s.first_slot
-    return nowhere
+    if not norm or len(read) != len(rows) or int(torch.isin(slot, read).sum()) != len(rows):
+        return "", read[:0]
+    return norm, read[row[mine].argsort()] - groups.shapes[norm].first_slot
 
 
 def _inputs(model: nn.Module, groups: Groups, name: str, cut: Cut, batches: Iterable[Any], call: Call) -> Inputs:
     module = model.get_submodule(name)
-    norm = _reader(groups, groups.shapes[name], cut.implanted)[0]
+    norm = _reader(groups, name, cut.implanted)[0]
     tracked = bool(norm) and getattr(model.get_submodule(norm), "running_mean", None) is not None
 
     def seen() -> Iterator[Tensor]:
         held: list[Tensor] = []
-        handle = module.register_forward_pre_hook(lambda _, x: held.append(x[0].detach()))
+        handle = module.register_forward_pre_hook(
+            lambda _, args, kwargs: held.append(first_tensor(args, kwargs).detach()), with_kwargs=True
+        )
         try:
             for batch in batches:
                 with torch.no_grad(), evaluating(model):
@@ -224,6 +226,8 @@ def _blank(x: Tensor, where: Tensor, feature: int) -> Tensor:
     return x.masked_fill(where.to(x.device).reshape(shape), 0.0)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one module in another's place, under each of its names."""
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)

@@ -4,24 +4,18 @@ A pass through a tapped model costs only what lies between the modules, which is
 This file knows which modules have rows and slots; what the NaNs mean is the business of `hap.tracing`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import accumulate
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hap import HapError
-
-Call = Callable[[nn.Module, Any], Any]
-BARRIERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+from hap.layers import BARRIERS, Call, axis, batched, first_tensor, is_channelwise, is_mixing, starts, widths
 
 
 class Seen(NamedTuple):
@@ -29,55 +23,6 @@ class Seen(NamedTuple):
 
     nans: Bool[Tensor, "batch slots"]
     moved: Bool[Tensor, "batch slots"]
-
-
-def forward(model: nn.Module, example: Any) -> Any:
-    """The model's output; a dict is passed as keywords, a tuple as positional arguments."""
-    if isinstance(example, dict):
-        return model(**example)
-    return model(*example) if isinstance(example, tuple) else model(example)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, each module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def is_mixing(module: nn.Module) -> bool:
-    """Whether each output channel of the module is a weighted sum of its input channels."""
-    return isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, _ConvTransposeNd)
-
-
-def is_channelwise(module: nn.Module) -> bool:
-    """Whether the module maps each channel on its own, with weights or statistics of that channel."""
-    return isinstance(module, _BatchNorm | _InstanceNorm)
-
-
-def axis(module: nn.Module) -> int:
-    """The axis of a module's input and output that counts slots and rows."""
-    return -1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) else 1
-
-
-def widths(module: nn.Module) -> tuple[int, int]:
-    """How many rows and how many slots a sliced module has."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    if isinstance(module, _ConvNd):
-        return module.out_channels, module.in_channels
-    assert isinstance(module, _BatchNorm | _InstanceNorm)
-    return module.num_features, module.num_features
-
-
-def starts(counts: tuple[int, ...]) -> list[int]:
-    """Where each module's rows (or slots) begin in the numbering of all, and the end."""
-    return [0, *accumulate(counts)]
 
 
 class Taps:
@@ -96,10 +41,11 @@ class Taps:
         self.slot_starts = starts(self.slots)
         self.inputs: dict[nn.Module, list[torch.Size]] = {m: [] for m in self.tapped}
         self.outputs: dict[nn.Module, list[Any]] = {m: [] for m in self.tapped}
+        self.follows: dict[str, str] = {}  # the channelwise module that reads a mixing module's output as it is
 
     def record(self, example: Any) -> None:
         """Run one sample as it is, and keep what each module gave."""
-        self.example = tree_map(lambda leaf: leaf[:1] if _batched(leaf) else leaf, example)
+        self.example = tree_map(lambda leaf: leaf[:1] if batched(leaf) else leaf, example)
         handles = [module.register_forward_hook(self._keep, with_kwargs=True) for module in self.tapped]
         try:
             self.call(self.model, self.example)
@@ -108,10 +54,14 @@ class Taps:
                 handle.remove()
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        shapes = [leaf.shape for leaf in tree_leaves((args, kwargs)) if _batched(leaf)]
-        self.inputs[module].append(shapes[0])
+        x = first_tensor(args, kwargs)
+        self.inputs[module].append(x.shape)
         # cloned, for the next op may work in place
-        self.outputs[module].append(tree_map(lambda leaf: leaf.clone() if _batched(leaf) else leaf, output))
+        self.outputs[module].append(tree_map(lambda leaf: leaf.clone() if batched(leaf) else leaf, output))
+        if is_mixing(module):
+            self.last = module
+        elif is_channelwise(module) and hasattr(self, "last") and torch.equal(x, self.outputs[self.last][-1]):
+            self.follows[self.tapped[self.last]] = self.tapped[module]
 
     def positions(self) -> tuple[int, ...]:
         """Output positions per sample of each sliced module, over all its calls."""
@@ -131,6 +81,7 @@ class Taps:
         self.calls = dict.fromkeys(self.tapped, 0)
         self.seen = Seen(*torch.zeros(2, batch, self.slot_starts[-1], dtype=torch.bool))
         self.sinks: list[Seen] = []
+        own = {module: vars(module)["forward"] for module in self.tapped if "forward" in vars(module)}
         for module in self.tapped:
             module.forward = self._stand_in(module)
         try:
@@ -139,6 +90,11 @@ class Taps:
         finally:
             for module in self.tapped:
                 del module.forward
+                vars(module).update({"forward": own[module]} if module in own else {})
+        if not any(batched(leaf) and leaf.is_floating_point() for leaf in tree_leaves(output)):
+            raise HapError(
+                f"trace: no floating-point tensor found in the output, a {type(output).__name__}; pass call="
+            )
         self._sink("the output", output, None)
         return Seen(*(torch.cat(parts, 1) for parts in zip(self.seen, *self.sinks, strict=True)))
 
@@ -147,7 +103,7 @@ class Taps:
             call = self.calls[module]
             self.calls[module] += 1
             if module in self.index:
-                return self._sliced(module, call, next(leaf for leaf in tree_leaves((args, kwargs)) if _batched(leaf)))
+                return self._sliced(module, call, first_tensor(args, kwargs))
             self._sink(self.tapped[module], (args, kwargs), axis(module) if isinstance(module, BARRIERS) else None)
             return self._repeat(self.outputs[module][call])
 
@@ -159,7 +115,7 @@ class Taps:
         if x.shape != (self.batch * first, *rest):
             raise HapError(
                 f"{self.tapped[module]}: the batch must lead what a traced module reads, found {tuple(x.shape)} "
-                f"where one sample gives {(first, *rest)}; pass opaque=[...] to leave it whole"
+                f"for {self.batch} samples where one gives {(first, *rest)}; pass opaque=[...] to leave it whole"
             )
         where = slice(self.slot_starts[index], self.slot_starts[index + 1])
         for noted, found in zip(self.seen, self._look(x, axis(module)), strict=True):
@@ -171,7 +127,7 @@ class Taps:
         """The clean value for each sample of the pass; NaN when the outside is probed."""
 
         def repeat(leaf: Any) -> Any:
-            if not _batched(leaf):
+            if not batched(leaf):
                 return leaf
             wide = leaf.repeat(self.batch, *[1] * (leaf.dim() - 1))
             return wide.fill_(torch.nan) if self.outside and wide.is_floating_point() else wide
@@ -190,7 +146,7 @@ class Taps:
     def _sink(self, name: str, value: Any, feature: int | None) -> None:
         """What reaches a barrier or the output: a row that does is frozen, whichever feature it reaches."""
         for leaf in tree_leaves(value):
-            if not _batched(leaf) or not leaf.is_floating_point():
+            if not batched(leaf) or not leaf.is_floating_point():
                 continue
             if leaf.shape[0] % self.batch:
                 raise HapError(f"{name}: the batch must lead, found {tuple(leaf.shape)} for a batch of {self.batch}")
@@ -215,7 +171,3 @@ class _Padding(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.constant_pad_nd.default:
             args = (*args[:2], torch.nan)
         return func(*args, **(kwargs or {}))
-
-
-def _batched(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0

@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 from hap import HapError, cost
 from hap.groups import Groups
 from hap.implants import zero
+from hap.layers import Call, forward
 from hap.losses import Loss
 from hap.plan import Fate, Plan
 from hap.plan import cost as planned
 from hap.surgery import Implant, Inputs, apply, mask
-from hap.taps import Call, forward
 
 Score = Callable[..., Tensor]
 
@@ -37,7 +37,7 @@ def random_plan(groups: Groups, rng: torch.Generator, drop: float = 0.4, implant
 
 @torch.no_grad()
 def check_groups(
-    model: nn.Module, example: Any, groups: Groups, *, call: Call = forward, trials: int = 4, tolerance: float = 1e-4
+    model: nn.Module, example: Any, groups: Groups, *, call: Call = forward, trials: int = 8, tolerance: float = 1e-4
 ) -> None:
     """Whether surgery and masking give one function, and cost what was foreseen, on `trials` random plans."""
     rng = torch.Generator().manual_seed(0)

@@ -4,12 +4,12 @@ A row is an output channel of a mixing module (convolution, linear layer) or a c
 a slot is an input channel. Elementwise ops, sums, concatenation, pooling and reshapes keep a NaN, so the slots that
 see one are the slots that its row feeds. This file knows no architecture and no attention. It cannot see ops that
 swallow NaNs (a finite perturbation, sent beside each NaN, finds most of them), nor weights that are read without a
-call of their module (refused).
+call of their module (refused), nor widths that a forward pass has written out (a reshape to a fixed number of
+heads, a channel shuffle): `hap.testing.check_groups` finds both, and belongs after every trace of a new model.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hap import HapError
-from hap.patch import Patch
-from hap.taps import BARRIERS, Call, Taps, evaluating, forward, is_channelwise, is_mixing, starts
+from hap.layers import Call, evaluating, forward, plain_kernels, sort, starts
+from hap.taps import Taps
 
 SAMPLES = 64  # in one pass: wide enough that Python does not count, and bounds the memory
 
@@ -37,6 +36,7 @@ class Feeds:
     edges: Int[Tensor, "2 edges"]  # row, slot
     frozen_rows: Bool[Tensor, "rows"]  # those that reach the output, or a module that is not sliced
     frozen_slots: Bool[Tensor, "slots"]  # those that the input, an embedding or a bare parameter feeds
+    follows: dict[str, str]  # the channelwise module that reads a mixing module's output as it is, if one does
     padded_slots: Bool[Tensor, "slots"]  # those that read a padded channel: it is there whatever goes
 
 
@@ -48,8 +48,8 @@ def trace(model: nn.Module, example: Any, *, call: Call = forward, opaque: Seque
     whole; what enters or leaves them is frozen. The model runs in eval mode and is left as it was found. Raises
     HapError, with the module's name and what to do, where a model cannot be traced.
     """
-    with _plain_kernels(), evaluating(model):
-        taps = Taps(model, *_sort(model, opaque), call)
+    with plain_kernels(), evaluating(model):
+        taps = Taps(model, *sort(model, opaque), call)
         taps.record(example)
         _refuse_uncalled(taps)
         outside, padded = _outside(taps), taps.send(1, {}, padding=True).nans[0]
@@ -72,8 +72,8 @@ def declare(
     The rows of the modules in `frozen` and the slots that the table does not name are frozen. Names and ranges are
     checked here; whether the table is true, `hap.testing.check_groups` finds out.
     """
-    with _plain_kernels(), evaluating(model):
-        taps = Taps(model, *_sort(model, ()), call)
+    with plain_kernels(), evaluating(model):
+        taps = Taps(model, *sort(model, ()), call)
         taps.record(example)
         padded = taps.send(1, {}, padding=True).nans[0]
     index = {name: i for i, name in enumerate(taps.names)}
@@ -100,37 +100,6 @@ def _declared(taps: Taps, writer: int, reader: int, rows: list[int], slots: list
     return torch.tensor([rows, slots]) + torch.tensor([[starts(taps.rows)[writer]], [taps.slot_starts[reader]]])
 
 
-def _sort(model: nn.Module, opaque: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The modules that are sliced, and the barriers; nothing inside an opaque module is looked at."""
-    sliced: dict[str, nn.Module] = {}
-    barriers: dict[str, nn.Module] = {}
-    named = dict(model.named_modules())
-    if missing := set(opaque) - set(named):
-        raise HapError(f"opaque: no module {min(missing)} in {type(model).__name__}")
-    for name, module in named.items():
-        if name in opaque or isinstance(module, BARRIERS):
-            barriers[name] = module
-        elif not any(name.startswith(f"{outer}.") for outer in opaque):
-            _refuse_unsliceable(name, module)
-            if is_mixing(module) or is_channelwise(module):
-                sliced[name] = module
-    return sliced, barriers
-
-
-def _refuse_unsliceable(name: str, module: nn.Module) -> None:
-    if isinstance(module, nn.MultiheadAttention):
-        raise HapError(
-            f"{name}: nn.MultiheadAttention reads its weights without calling their modules, which cannot be traced; "
-            f"pass opaque=[{name!r}] to leave it whole, or build it from four nn.Linear"
-        )
-    if isinstance(module, Patch):
-        raise HapError(
-            f"{name}: a Patch, so the model was pruned before; prune the dense model once, by as much as both"
-        )
-    if hasattr(module, "parametrizations"):
-        raise HapError(f"{name}: a parametrized weight cannot be sliced; call remove_parametrizations on it first")
-
-
 def _refuse_uncalled(taps: Taps) -> None:
     for module, name in taps.tapped.items():
         if module in taps.index and not taps.outputs[module]:
@@ -140,32 +109,20 @@ def _refuse_uncalled(taps: Taps) -> None:
             )
 
 
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Fused attention can lose a NaN, and the fast path of nn.TransformerEncoderLayer goes around its modules."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
 def _outside(taps: Taps) -> Tensor:
     """The slots that something other than a row feeds: the input, an embedding, a bare parameter or buffer."""
-    own = {id(t) for m in taps.index for t in [*m.parameters(False), *m.buffers(False)]}
-    bare = [t for t in [*taps.model.parameters(), *taps.model.buffers()] if id(t) not in own]
+    others = [m for m in taps.model.modules() if m not in taps.index]
+    bare = [t for m in others for t in [*m.parameters(False), *m.buffers(False)]]
     # a single number is broadcast over whatever is left, so it ties nothing
     bare = [t for t in bare if t.is_floating_point() and t.numel() > 1]
-    kept = [t.clone() for t in bare]
+    kept = [t.data for t in bare]
     try:
         for t in bare:
-            t.fill_(torch.nan)
+            t.data = torch.full_like(t, torch.nan)
         return taps.send(1, {}, outside=True).nans[0]
     finally:
         for t, value in zip(bare, kept, strict=True):
-            t.copy_(value)
+            t.data = value
 
 
 def _reach(taps: Taps) -> Tensor:
@@ -176,6 +133,8 @@ def _reach(taps: Taps) -> Tensor:
         n = len(part)
         writes = {i: (torch.arange(2 * n + 1) == i - first)[:, None].expand(-1, taps.rows[i]) for i in part}
         seen = taps.send(2 * n + 1, writes, shaken=n)
+        if seen.nans[2 * n].any():  # the clean sample
+            raise HapError("trace: the model gives NaN for the example as it is, or lets one sample change another")
         _refuse_swallowed(taps, part, seen.nans[:n], seen.moved[:n])
         found.append(seen.nans[:n])
     return torch.cat(found) if found else torch.zeros(0, taps.slot_starts[-1], dtype=torch.bool)
@@ -244,7 +203,15 @@ def _assemble(taps: Taps, edges: Tensor, outside: Tensor, padded: Tensor) -> Fee
         frozen_slots[taps.slot_starts[i] : taps.slot_starts[i + 1]] = True
     relation = edges[:, ~sunk]
     return Feeds(
-        taps.names, taps.rows, taps.slots, taps.positions(), relation, frozen_rows, frozen_slots, padded[:slots]
+        taps.names,
+        taps.rows,
+        taps.slots,
+        taps.positions(),
+        relation,
+        frozen_rows,
+        frozen_slots,
+        taps.follows,
+        padded[:slots],
     )
 
 

@@ -102,3 +102,10 @@ def test_attention_products_are_left_out_whichever_kernel_is_used():
     assert plain == macs(model, example)
     width, tokens_, neurons = 8, 5, 12
     assert plain == 2 * tokens_ * (4 * width + 4 * width * width + 2 * width * neurons) + 2 * width * 5
+
+
+def test_counting_does_not_train():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    macs(model, torch.randn(1, 3, 5, 5))
+    assert int(model[1].num_batches_tracked) == 0
+    assert model.training

@@ -345,9 +345,9 @@ class Twice(nn.Module):
     ("model", "x", "says"),
     [
         (Twice(), torch.randn(2, 3), "layer is called twice in one pass"),
-        (nn.Linear(3, 3), torch.randn(2, 4, 3), r"outputs \[batch, classes\] expected, found shape \(2, 4, 3\)"),
+        (nn.Linear(3, 3), torch.randn(2, 4, 3), r"outputs \[batch, classes\] expected, found \(2, 4, 3\)"),
         (nn.Sequential(nn.Conv1d(3, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten()), torch.randn(2, 3, 4),
-         "padding_mode=reflect.* is not known"),
+         "0 pads with reflect; only zeros are known"),
         (nn.Sequential(nn.Conv1d(3, 2, 2, padding="same"), nn.Flatten()), torch.randn(2, 3, 4), "pads one side more"),
         (nn.Sequential(nn.Conv3d(1, 2, 1), nn.Flatten()), torch.randn(2, 1, 2, 2, 2), "is not known"),
     ],
@@ -417,3 +417,99 @@ def test_memory_is_bounded_by_parts_of_a_batch(monkeypatch):
     monkeypatch.setattr(persample, "BYTES", 1)
     module = nn.Conv2d(2, 3, 3, padding=1).double()
     compare(module, torch.randn(5, 2, 4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("twice", ["two layers", "transposed", "squared"])
+def test_a_weight_that_is_used_twice_is_refused(twice):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.b.weight = self.a.weight if twice == "two layers" else self.b.weight
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            if twice == "two layers":
+                return self.b(x)
+            return self.b(F.linear(x, self.a.weight.T if twice == "transposed" else self.a.weight.square()))
+
+    with pytest.raises(HapError, match=r"the weight of [ab] is used \d times in one pass"):
+        exact(Shared(), CrossEntropy(), [(torch.randn(2, 4), torch.tensor([0, 1]))])
+
+
+def test_batch_statistics_and_strange_forwards_are_refused():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    batch = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+    coupled = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    for model, says in ((coupled, "1 takes the statistics of the batch"), (Doubled(3, 2), "Doubled.* is not known")):
+        with pytest.raises(HapError, match=says):
+            exact(model, CrossEntropy(), [batch])
+    for model, says in (
+        (nn.Flatten(), "has no convolution"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "is computed from others"),
+    ):
+        with pytest.raises(HapError, match=says):
+            hutchinson(model, CrossEntropy(), [batch], probes=2, rng=torch.Generator())
+
+
+def test_a_strangers_function_is_not_believed_by_its_name():
+    class Relu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * ctx.saved_tensors[0] * grad
+
+    x = torch.randn(3, requires_grad=True)
+    assert not piecewise_linear(Relu.apply(x).sum())
+    assert piecewise_linear(F.relu(x).sum())
+
+
+def test_columns_beside_an_opaque_module_count_what_is_grouped():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5))
+    batch = (torch.randn(8, 4), torch.randint(5, (8,)))
+    groups = couple(model, trace(model, batch[0], opaque=["2"]))
+    found = exact(model, CrossEntropy(), [batch], groups, columns=2, rng=torch.Generator().manual_seed(0))
+    assert len(groups) == 0
+    assert found.drawn > 0
+
+
+def test_a_fused_attention_has_its_second_derivative():
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            q = self.q(x)[:, None]
+            return self.out(F.scaled_dot_product_attention(q, q, q)[:, 0].mean(1))
+
+    batch = (torch.randn(2, 5, 4), torch.tensor([0, 1]))
+    found = hutchinson(Attend(), CrossEntropy(), [batch], probes=4, rng=torch.Generator().manual_seed(0))
+    assert all(d.isfinite().all() for d in found.diagonal.values())
+
+
+def test_a_model_without_a_name_for_its_layer_has_a_weight():
+    found = exact(nn.Linear(3, 2), CrossEntropy(), [(torch.randn(4, 3), torch.randint(2, (4,)))])
+    assert set(found.diagonal) == {"weight"}
+
+
+def test_sums_of_half_precision_are_kept_in_single():
+    model = nn.Linear(3, 2).bfloat16()
+    batches = [(torch.randn(2, 3).bfloat16(), torch.randint(2, (2,))) for _ in range(3)]
+    assert exact(model, CrossEntropy(), batches).diagonal["weight"].dtype == torch.float32
+    assert (
+        hutchinson(model, CrossEntropy(), batches, probes=2, rng=torch.Generator()).diagonal["weight"].dtype
+        == torch.float32
+    )
+
+
+def test_a_chunk_of_nothing_is_refused():
+    with pytest.raises(HapError, match="a chunk of at least 1 sample expected, found 0"):
+        exact(nn.Linear(3, 2), CrossEntropy(), [(torch.randn(2, 3), torch.randint(2, (2,)))], chunk=0)

@@ -7,6 +7,7 @@ from torch import nn
 
 from hap import HapError, couple, mask, merge, trace
 from hap import apply as operate
+from hap.groups import implantable
 from hap.implants import centre_tap, least_squares, zero
 from hap.patch import Patch
 from hap.surgery import Inputs
@@ -121,10 +122,10 @@ def test_an_implant_merges_into_one_convolution(name):
     for patch in [m for m in small.modules() if isinstance(m, Patch)]:
         if not all(isinstance(part, nn.Conv2d) for part in patch.parts):
             continue
-        x = torch.randn(2, max(len(patch.take), int(patch.take.max()) + 1), 6, 6, dtype=torch.float64)
+        x = torch.randn(2, patch.given, 6, 6, dtype=torch.float64)
         one = merge(patch)
         assert isinstance(one, nn.Conv2d)
-        assert torch.allclose(one(x.index_select(1, patch.take)), patch(x), atol=1e-12)
+        assert torch.allclose(one(x), patch(x), atol=1e-12)
         merged += 1
     assert merged
 
@@ -150,3 +151,55 @@ def test_an_implant_is_closer_to_the_dense_model_than_dropping():
             operate(model, groups, chosen, zero)(example) - dense,
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.Softplus()])
+def test_a_bias_does_not_move_past_what_stands_between(between):
+    """The BatchNorm reads a function of the convolution, so it cannot take what the convolution lacks."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3, padding=1, bias=False), between, nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(384, 2)]
+    model = nn.Sequential(*layers).eval()
+    x = torch.randn(4, 3, 8, 8)
+    groups = couple(model, trace(model, x))
+    small = operate(
+        model, groups, random_plan(groups, torch.Generator().manual_seed(2), 0.0, 0.9), least_squares, batches=[x]
+    )
+    assert torch.equal(small[2].running_mean, torch.zeros(6))
+    assert small[0].parts[1].bias is None
+
+
+def test_a_bias_that_nothing_can_take_is_refused():
+    def biased(module, rows, inputs):
+        return nn.Conv2d(len(inputs.slots), len(rows), 1)
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(384, 2)).eval()
+    groups = couple(model, trace(model, torch.randn(4, 3, 8, 8)))
+    with pytest.raises(HapError, match="0: an implant without a bias expected"):
+        operate(model, groups, random_plan(groups, torch.Generator().manual_seed(2), 0.3, 0.5), biased)
+
+
+@pytest.mark.parametrize("kernel", [2, 4])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+def test_an_even_kernel_has_no_centre_and_gets_no_implant(kernel):
+    assert not implantable(nn.Conv2d(3, 4, kernel, padding="same"))
+    assert not implantable(nn.Conv2d(3, 4, 2, dilation=2, padding=1))
+
+
+def test_calibration_batches_may_be_an_iterator():
+    model, example = build(SMALL, "preresnet")
+    groups = couple(model, trace(model, example), "union")
+    chosen = random_plan(groups, torch.Generator().manual_seed(0), 0.2, 0.5)
+    listed, streamed = (
+        operate(model, groups, chosen, least_squares, batches=b).state_dict() for b in ([example], iter([example]))
+    )
+    assert all(torch.equal(listed[k], streamed[k]) for k in listed)
+
+
+def test_an_implant_of_a_frozen_layer_is_frozen():
+    model, example = build(SMALL, "preresnet")
+    model.requires_grad_(False)
+    groups = couple(model, trace(model, example), "union")
+    small = operate(
+        model, groups, random_plan(groups, torch.Generator().manual_seed(0)), least_squares, batches=[example]
+    )
+    assert not any(p.requires_grad for p in small.parameters())

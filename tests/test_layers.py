@@ -3,9 +3,9 @@
 The core follows the listing of the design, with more modules, each before its first reader: `patch` is the module that
 surgery adds, `layers` says what modules are, `taps` is what a model looks like to tracing; `losses`, `persample`,
 `tally` and `graph` are what curvature is built of. The harness deviates in that what has no readers yet to come moves
-up: `binding` (how a name in a spec becomes a function), `files` and `provenance` know nothing of the rest; `tasks` comes
-before `training`, which trains a Task, and so before `spec`, which holds a Recipe; the single tasks come after it, for
-they train themselves.
+up: `binding` (how a name in a spec becomes a function), `files` and `provenance` know nothing of the rest; `tasks`
+comes before `training`, which trains a Task, and so before `spec`, which holds a Recipe; the single tasks come after
+it, for they train themselves.
 """
 
 import ast
@@ -20,7 +20,9 @@ import pytest
 import hap
 
 HERE = Path(hap.__file__).parent
-CORE = "taps patch tracing groups losses persample graph curvature methods plan surgery implants cost testing".split()
+CORE = (
+    "patch layers taps tracing groups losses persample tally graph curvature methods plan surgery implants cost testing"
+).split()
 HARNESS = (
     "files binding provenance tasks training tasks.cache tasks.nets tasks.data tasks.digits_preresnet "
     "tasks.cifar10_resnet20 spec run store judge plugin report doctor cli"

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hap import CrossEntropy
+from hap import CrossEntropy, HapError
 from hap.losses import Loss, SquaredError
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.1], dtype=torch.float64)
@@ -98,3 +98,24 @@ def test_the_call_says_how_outputs_come_from_the_model():
     loss, outputs, targets = setting("plain")
     doubled = CrossEntropy(call=lambda model, x: 2 * model(x))
     assert torch.isclose(doubled(nn.Identity(), (outputs, targets)), loss(nn.Identity(), (2 * outputs, targets)))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "k", "rng", "says"),
+    [
+        (torch.randn(2, 3), torch.tensor([0, 1]), -1, torch.Generator(), "found -1"),
+        (torch.randn(2, 3), torch.tensor([0, 1]), 1, None, "a generator to draw with"),
+        (torch.randn(2, 3), torch.rand(2, 3), None, None, "a class index for each of 2 samples expected"),
+        (torch.randn(2, 3), torch.tensor([0]), None, None, "a class index for each of 2 samples expected"),
+    ],
+)
+def test_columns_that_make_no_sense_are_refused(outputs, targets, k, rng, says):
+    with pytest.raises(HapError, match=says):
+        CrossEntropy().columns(outputs, targets, k, rng)
+
+
+def test_a_model_that_returns_no_logits_is_refused():
+    with pytest.raises(HapError, match="found dict; pass call= that returns them"):
+        CrossEntropy(call=lambda model, x: {"logits": x})(
+            torch.nn.Identity(), (torch.randn(2, 3), torch.tensor([0, 1]))
+        )

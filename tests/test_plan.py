@@ -78,6 +78,22 @@ def test_implants_are_the_best_of_the_pruned():
     assert scores[fates == Fate.IMPLANT].max() < scores[fates == Fate.KEEP].min()
 
 
+@pytest.mark.parametrize("tenths", range(1, 10))
+def test_a_budget_is_not_overshot_by_rounding(tenths):
+    """1 - 0.9 is less than 0.1: ten neurons, a tenth of them, is one neuron."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 10), torch.nn.ReLU(), torch.nn.Linear(10, 2))
+    groups = couple(model, trace(model, torch.randn(1, 3)))
+    chosen = plan(groups, torch.rand(10), Budget(groups=tenths / 10))
+    assert chosen.rows["0"].count("-") == tenths
+
+
+def test_a_model_in_which_nothing_may_be_pruned_says_so():
+    model = torch.nn.Linear(3, 2)
+    groups = couple(model, trace(model, torch.randn(1, 3)))
+    with pytest.raises(HapError, match="no group may be pruned"):
+        plan(groups, torch.rand(0), Budget(groups=0.5))
+
+
 def test_negative_scores_are_pruned_first():
     groups = GROUPS["plain", "union"]
     scores = torch.ones(len(groups)).index_fill_(0, torch.tensor([5]), -1.0)
@@ -104,6 +120,7 @@ def test_a_plan_survives_json_and_reads_line_by_line():
         ({"groups": 1.5}, "budget.groups: .* found 1.5"),
         ({"macs": 0.5, "implant": 1.0}, "budget.implant: .* found 1.0"),
         ({"macs": 0.5, "layer_limit": 0.0}, "budget.layer_limit: .* found 0.0"),
+        ({"params": "0.5"}, "budget.params: a number expected, found '0.5'"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(wrong, says):
@@ -117,16 +134,22 @@ def test_an_impossible_budget_says_how_much_is_possible():
         plan(groups, torch.rand(len(groups)), Budget(params=0.9, layer_limit=0.3))
 
 
-@pytest.mark.parametrize("scores", [torch.rand(3), torch.full((64,), torch.nan)])
-def test_scores_that_are_not_one_finite_number_a_group_are_refused(scores):
-    with pytest.raises(HapError, match="scores: 64 finite numbers expected"):
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        (torch.rand(3), r"one number for each of 64 groups expected, found shape \(3,\)"),
+        (torch.full((64,), torch.nan), "finite numbers expected, found 64 that are not"),
+    ],
+)
+def test_scores_that_are_not_one_finite_number_a_group_are_refused(scores, says):
+    with pytest.raises(HapError, match=says):
         plan(GROUPS["preresnet", "union"], scores, Budget(params=0.5))
 
 
 def test_plans_that_do_not_fit_are_refused():
     groups, other = GROUPS["preresnet", "tied"], GROUPS["plain", "tied"]
     chosen = plan(groups, torch.rand(len(groups)), Budget(params=0.3))
-    with pytest.raises(HapError, match="do not fit"):
+    with pytest.raises(HapError, match=r"plan: 0 with 4 rows expected, as in the model, found 0"):
         chosen.fates(other)
     stream = next(n for n, line in chosen.rows.items() if n == "conv1")
     torn = {**chosen.rows, stream: "-" + "#" * (len(chosen.rows[stream]) - 1), "layer1.0.conv3": "#" * 4}

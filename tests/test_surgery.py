@@ -14,9 +14,9 @@ from hap import Budget, Fate, HapError, Plan, couple, mask, trace
 from hap import apply as operate
 from hap.cost import macs, params
 from hap.implants import centre_tap, least_squares, zero
+from hap.layers import forward
 from hap.patch import Patch
 from hap.plan import cost, plan
-from hap.taps import forward
 from hap.testing import check_groups, random_plan
 
 
@@ -200,7 +200,7 @@ def test_a_linear_layer_may_lose_every_row(name, module):
 def test_a_convolution_may_not(module):
     model, example = build(SMALL, "plain")
     groups = couple(model, trace(model, example), "union")
-    with pytest.raises(HapError, match=f"{module}: at least one row and one input of a convolution must stay"):
+    with pytest.raises(HapError, match=f"{module}: a Conv2d must keep a row and an input"):
         operate(model, groups, all_but(groups, module))
 
 
@@ -217,3 +217,46 @@ def test_a_plan_with_implants_needs_one():
     groups = couple(model, trace(model, example), "union")
     with pytest.raises(HapError, match="so apply\\(\\) needs an implant"):
         operate(model, groups, random_plan(groups, torch.Generator().manual_seed(0)))
+
+
+def test_a_module_of_two_names_is_replaced_under_both():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 2)
+            self.c = self.b
+
+        def forward(self, x):
+            return self.fc(self.c(F.relu(self.b(F.relu(self.a(x))))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Both().eval(), torch.randn(2, 3, 6, 6)
+    for how in ("tied", "union"):
+        check_groups(model, x, couple(model, trace(model, x), how))
+
+
+def test_a_module_called_by_keyword_is_pruned_like_another():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.fc(input=self.b(input=F.relu(self.a(input=x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Named().eval(), torch.randn(2, 3, 6, 6)
+    groups = couple(model, trace(model, x), "union")
+    check_groups(model, x, groups)
+    operate(model, groups, random_plan(groups, torch.Generator().manual_seed(0)), least_squares, batches=[x])
+
+
+def test_each_module_keeps_its_own_mode():
+    model, example = build(SMALL, "option-b")
+    model.train()
+    model.bn1.eval()
+    groups = couple(model, trace(model, example), "union")
+    small = operate(model, groups, random_plan(groups, torch.Generator().manual_seed(0), 0.5, 0.0))
+    assert small.training
+    assert not small.bn1.training
+    assert small.layer1[0].bn1.training

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from cases import SMALL, Attention, bert, build, plain, tokens
 from torch import nn
 
 from hap import HapError, couple, declare, trace
 from hap.harness.tasks import nets
-from hap.taps import starts
+from hap.layers import starts
 from hap.testing import check_groups
 
 
@@ -255,3 +256,68 @@ def test_a_table_that_is_not_true_is_found_by_check_groups():
     swapped = declare(model, example, [*same[:-1], ("point", "fc", range(6), [1, 0, 2, 3, 4, 5])], frozen=["fc"])
     with pytest.raises(HapError, match="surgery and masking differ"):
         check_groups(model, example, couple(model, swapped, "union"))
+
+
+@pytest.mark.parametrize("wrap", ["weight_norm", "spectral_norm", "prune"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_computed_weight_is_refused(wrap):
+    layer = nn.Linear(4, 4)
+    if wrap == "prune":
+        torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    else:
+        getattr(nn.utils, wrap)(layer)
+    with pytest.raises(HapError, match=r"0: Linear with a parameter weight_[a-z]+ cannot be sliced"):
+        trace(nn.Sequential(layer, nn.Linear(4, 2)), torch.randn(1, 4))
+
+
+def test_a_model_that_mixes_samples_or_gives_nan_is_refused():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(x - x.mean(0))
+
+    broken = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    broken[0].weight.data[0, 0] = torch.nan
+    for model in (Centred(), broken):
+        with pytest.raises(HapError, match="gives NaN for the example as it is, or lets one sample change another"):
+            trace(model, torch.randn(1, 4))
+
+
+def test_an_embedding_that_shares_its_weight_freezes_what_it_touches():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.inner, self.out = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+            self.out.weight = self.embed.weight
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            x = x + self.inner(x)
+            return self.out(x + self.down(F.relu(self.up(x))))
+
+    model, ids = Tied(), torch.randint(9, (2, 5))
+    groups = couple(model, trace(model, ids))
+    assert len(groups) == 6  # the neurons of `up`
+    check_groups(model, ids, groups)
+
+
+def test_a_forward_of_the_instance_survives():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    mine = model[0].forward
+    model[0].forward = lambda x: 2 * mine(x)
+    x = torch.randn(3, 4)
+    before = model(x)
+    trace(model, x)
+    assert torch.equal(model(x), before)
+
+
+def test_an_output_without_numbers_and_a_string_of_names_are_refused():
+    with pytest.raises(HapError, match="no floating-point tensor found in the output, a int"):
+        trace(nn.Linear(4, 2), torch.randn(1, 4), call=lambda model, x: len(model(x)))
+    with pytest.raises(HapError, match="a list of module names expected, found the string '0'"):
+        trace(nn.Sequential(nn.Linear(4, 2)), torch.randn(1, 4), opaque="0")

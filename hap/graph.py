@@ -1,0 +1,61 @@
+"""What autograd's record of a forward pass says: is it piecewise linear in each weight, is a weight used twice."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from hap import HapError
+
+PIECEWISE_LINEAR = frozenset(
+    "AccumulateGrad T Transpose Permute View ReshapeAlias UnsafeView Relu Hardtanh LeakyRelu PreluKernel Threshold "
+    "Abs Clamp ClampMin ClampMax Maximum Minimum Amax MaxPool2DWithIndices MaxPool1D AvgPool2D AdaptiveAvgPool2D "
+    "AdaptiveMaxPool2D Mean Add Sub Sum Neg Cat Stack Slice Select Split SplitWithSizes Unbind Squeeze Unsqueeze Clone "
+    "ConstantPadNd NativeBatchNorm CudnnBatchNorm IndexSelect Index AsStrided Expand PixelShuffle PixelUnshuffle "
+    "UpsampleNearest2D UpsampleBilinear2D Alias ToCopy".split()
+)
+# linear as long as only one factor is more than a parameter
+BILINEAR = frozenset({"Convolution", "Addmm", "Mm", "Mul", "Div", "Bmm"})
+
+
+def piecewise_linear(outputs: Tensor) -> bool:
+    """Whether autograd's record shows only ops that are piecewise linear in each single weight."""
+    return all(_straight(node) for node in _graph(outputs))
+
+
+def _straight(node: Node) -> bool:
+    if isinstance(node, BackwardCFunction) or getattr(node, "_saved_training", False):
+        return False  # a stranger's function, whatever its name; statistics of the batch
+    op = node.name().rstrip("0123456789").removesuffix("Backward").rpartition("::")[2]
+    curved = [f for f, _ in node.next_functions if f is not None and not _is_parameter(f)]
+    divided_by = node.next_functions[1][0] if op == "Div" else None
+    return op in PIECEWISE_LINEAR or (op in BILINEAR and len(curved) <= 1 and divided_by not in curved)
+
+
+def _graph(outputs: Tensor) -> Iterator[Node]:
+    """The nodes of autograd's record, each once."""
+    stack, known = [outputs.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in known:
+            known.add(node)
+            yield node
+            stack += [following for following, _ in node.next_functions]
+
+
+def refuse_shared(outputs: Tensor, layers: Mapping[str, nn.Module]) -> None:
+    """The square of a sum is not the sum of squares: each weight must be used once."""
+    names = {layer.get_parameter("weight"): name for name, layer in layers.items()}
+    used = Counter(getattr(f, "variable", None) for node in _graph(outputs) for f, _ in node.next_functions)
+    for weight, name in names.items():
+        if used[weight] > 1:
+            raise HapError(f"curvature: the weight of {name} is used {used[weight]} times in one pass, not once")
+
+
+def _is_parameter(node: Node) -> bool:
+    """Whether the node is a parameter, or a view of one."""
+    while len(node.next_functions) == 1 and (following := node.next_functions[0][0]) is not None:
+        node = following
+    return "AccumulateGrad" in node.name()
