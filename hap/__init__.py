@@ -24,24 +24,17 @@ class HapError(ValueError):
     """A mistake of the user's: one line that names the thing, the rule and what was found."""
 
 
-_HOME = {
-    "trace": "tracing",
-    "declare": "tracing",
-    "Feeds": "tracing",
-    "couple": "groups",
-    "Groups": "groups",
-    "exact": "curvature",
-    "hutchinson": "curvature",
-    "CrossEntropy": "losses",
-    "SquaredError": "losses",
-    "Curvature": "curvature",
-    "Budget": "plan",
-    "Fate": "plan",
-    "Plan": "plan",
-    "apply": "surgery",
-    "mask": "surgery",
-    "merge": "implants",
+_HOMES = {
+    "tracing": "trace declare Feeds",
+    "groups": "couple Groups",
+    "losses": "CrossEntropy SquaredError",
+    "tally": "Curvature",
+    "curvature": "exact hutchinson",
+    "plan": "Budget Fate Plan",
+    "surgery": "apply mask",
+    "implants": "merge",
 }
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [*_HOME, "HapError"]
 
 

@@ -6,8 +6,9 @@ network is piecewise linear in each single weight, that *is* the diagonal of the
 losses; of groups it knows only how to sum over them.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,17 @@ from hap import HapError
 from hap.graph import piecewise_linear, refuse_shared
 from hap.groups import Groups
 from hap.layers import evaluating, first_tensor, is_mixing, plain_kernels, weight_of
-from hap.losses import CrossEntropy, Loss, SquaredError
+from hap.losses import Batches, Loss
 from hap.persample import refuse_unknown, squared_gradients
-from hap.tally import Curvature, Moments, Tally, pooled
+from hap.tally import Curvature, Probes, Tally
+
+TRACE = "trace per group"  # beside the names of parameters
 
 
 def exact(
     model: nn.Module,
     loss: Loss,
-    batches: Iterable[Any],
+    batches: Batches,
     groups: Groups | None = None,
     *,
     columns: int | None = None,
@@ -51,10 +54,7 @@ def exact(
                 raise HapError(f"curvature: {name} takes the statistics of the batch, which couples its samples")
         for inputs, targets in _chunks(batches, chunk):
             outputs, seen = _forward(model, loss, inputs, layers)
-            if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-                found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-                raise HapError(f"curvature: outputs [batch, classes] expected, found {found}; give the loss a call=")
-            vectors = loss.columns(outputs.detach(), targets, columns, rng)
+            vectors = loss.columns(outputs, targets, columns, rng).detach()
             refuse_shared(outputs, layers)
             tally.begin(targets, float(loss.mass(targets)), len(vectors), piecewise_linear(outputs))
             edges = [edge for _, edge in seen.values()]
@@ -69,13 +69,7 @@ def exact(
 
 
 def hutchinson(
-    model: nn.Module,
-    loss: Loss,
-    batches: Iterable[Any],
-    groups: Groups | None = None,
-    *,
-    probes: int,
-    rng: torch.Generator,
+    model: nn.Module, loss: Loss, batches: Batches, groups: Groups | None = None, *, probes: int, rng: torch.Generator
 ) -> Curvature:
     """The mean of v * Hv over Rademacher probes v, with its standard error over them [Hutchinson90].
 
@@ -84,32 +78,25 @@ def hutchinson(
     """
     if probes < 2:
         raise HapError(f"hutchinson: at least 2 probes expected, for a standard error needs them, found {probes}")
-    weights: list[Moments] = []
-    traces: list[Moments] = []
-    masses, samples = [], 0
+    sums, samples = Probes(), 0
     with plain_kernels(), measuring(model) as layers:
-        names = [weight_of(name) for name in layers]
-        params = [model.get_parameter(name) for name in names]
-        for batch in batches:
-            masses.append(float(loss.mass(batch[1])))
-            samples += len(batch[1])
-            weights.append(Moments())
-            traces.append(Moments())
-            slopes = torch.autograd.grad(loss(model, batch), params, create_graph=True, materialize_grads=True)
+        params = {weight_of(name): layer.get_parameter("weight") for name, layer in layers.items()}
+        weights = list(params.values())
+
+        def estimates(slopes: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
             for _ in range(probes):
-                probe = [_rademacher(p, rng) for p in params]
-                products = torch.autograd.grad(slopes, params, probe, retain_graph=True, materialize_grads=True)
-                found = {n: v * hv for n, v, hv in zip(names, probe, products, strict=True)}
-                weights[-1].add(found)
-                traces[-1].add({} if groups is None else {"": groups.reduce(found)})
-            del slopes
-    if not masses:
-        raise HapError("curvature: calibration batches expected, found none")
-    mean, stderr = pooled(weights, masses)
-    trace, trace_stderr = pooled(traces, masses)
-    return Curvature(
-        mean, stderr, "Hutchinson estimate", trace.get(""), trace_stderr.get(""), 1.0, samples, 1, 1 + 2 * probes
-    )
+                probe = [_rademacher(p, rng) for p in weights]
+                products = torch.autograd.grad(slopes, weights, probe, retain_graph=True, materialize_grads=True)
+                found = {name: v * hv for name, v, hv in zip(params, probe, products, strict=True)}
+                yield found if groups is None else {**found, TRACE: groups.reduce(found)}
+
+        for batch in batches:
+            samples += len(batch[1])
+            slopes = torch.autograd.grad(loss(model, batch), weights, create_graph=True, materialize_grads=True)
+            sums.add(estimates(slopes), float(loss.mass(batch[1])))
+    mean, stderr = sums.result()
+    trace, trace_stderr = mean.pop(TRACE, None), stderr.pop(TRACE, None)
+    return Curvature(mean, stderr, "Hutchinson estimate", trace, trace_stderr, 1.0, samples, 1, 1 + 2 * probes)
 
 
 @contextmanager
@@ -120,9 +107,7 @@ def measuring(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
         raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
     for name, module in layers.items():
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
-            raise HapError(
-                f"curvature: the weight of {name} is computed from others; make it a parameter of its own first"
-            )
+            raise HapError(f"curvature: the weight of {name} is computed from others; make it a parameter first")
     weights = [(p, p.requires_grad) for p in (model.get_parameter(weight_of(name)) for name in layers)]
     try:
         for p, _ in weights:
@@ -143,15 +128,12 @@ def _forward(
     """
     seen: dict[str, tuple[Tensor, GradientEdge]] = {}
 
-    def keep(name: str, x: Tensor, y: Tensor) -> None:
+    def keep(name: str, _: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
         if name in seen:
             raise HapError(f"curvature: {name} is called twice in one pass; per-sample gradients of shared weights mix")
-        seen[name] = (x.detach(), get_gradient_edge(y))
+        seen[name] = (first_tensor(args, kwargs).detach(), get_gradient_edge(y))
 
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs, y: keep(name, first_tensor(args, kwargs), y)
-
-    handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in layers.items()]
+    handles = [m.register_forward_hook(partial(keep, name), with_kwargs=True) for name, m in layers.items()]
     try:
         return loss.call(model, inputs), seen
     finally:
@@ -159,7 +141,7 @@ def _forward(
             handle.remove()
 
 
-def _chunks(batches: Iterable[Any], size: int) -> Iterator[tuple[Any, Tensor]]:
+def _chunks(batches: Batches, size: int) -> Iterator[tuple[Any, Tensor]]:
     for inputs, targets in batches:
         for first in range(0, len(targets), size):
             part = slice(first, first + size)
@@ -169,6 +151,3 @@ def _chunks(batches: Iterable[Any], size: int) -> Iterator[tuple[Any, Tensor]]:
 def _rademacher(like: Tensor, rng: torch.Generator) -> Tensor:
     # drawn where the generator lives, so that a seed means the same on every device
     return torch.randint(0, 2, like.shape, generator=rng, device=rng.device).to(like).mul_(2).sub_(1)
-
-
-__all__ = ["CrossEntropy", "Curvature", "Loss", "SquaredError", "exact", "hutchinson", "piecewise_linear"]

@@ -9,6 +9,7 @@ slot cannot tell apart (the queries, keys and values of a head, the inputs of a 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,6 +35,16 @@ class Shape(NamedTuple):
     extras: int  # numbers a row has besides: bias; scale and shift
     positions: int
     implantable: bool
+
+    @property
+    def rows_at(self) -> slice:
+        """Where its rows are among all."""
+        return slice(self.first_row, self.first_row + self.rows)
+
+    @property
+    def slots_at(self) -> slice:
+        """Where its slots are among all."""
+        return slice(self.first_slot, self.first_slot + self.slots)
 
 
 class Gone(NamedTuple):
@@ -63,12 +74,13 @@ class Groups:
 
         Parameters that are missing count as zero; those that belong to no group are left out.
         """
-        total = torch.zeros(len(self), dtype=torch.promote_types(torch.float32, _common(values)))
+        dtype = reduce(torch.promote_types, (value.dtype for value in values.values()), torch.float32)
+        total = torch.zeros(len(self), dtype=dtype)
         for name, value in values.items():
             shape = self.shapes.get(name.rpartition(".")[0])
             if shape is None or not shape.mixing:
                 continue
-            of = self.row_group[shape.first_row : shape.first_row + shape.rows]
+            of = self.row_group[shape.rows_at]
             sums = value.detach().reshape(shape.rows, -1).sum(1).to(total)
             total.index_add_(0, of[of >= 0], sums[of >= 0])
         return total
@@ -136,7 +148,7 @@ def _number(
 ) -> Groups:
     mixing = torch.zeros(len(label), dtype=torch.bool)
     for shape in shapes.values():
-        mixing[shape.first_row : shape.first_row + shape.rows] = shape.mixing
+        mixing[shape.rows_at] = shape.mixing
     free = mixing & ~frozen[label]
     roots, number = torch.unique(label[free], return_inverse=True)
     row_group = torch.full_like(label, -1)
@@ -191,8 +203,8 @@ def implantable(module: nn.Module) -> bool:
 def _twins(shapes: dict[str, Shape]) -> tuple[Tensor, Tensor]:
     """Row and slot of each channel of a channelwise module."""
     alike = [s for s in shapes.values() if not s.mixing]
-    rows = [torch.arange(s.first_row, s.first_row + s.rows) for s in alike]
-    slots = [torch.arange(s.first_slot, s.first_slot + s.slots) for s in alike]
+    rows = [torch.arange(s.rows) + s.first_row for s in alike]
+    slots = [torch.arange(s.slots) + s.first_slot for s in alike]
     none = torch.empty(0, dtype=torch.long)
     return torch.cat([none, *rows]), torch.cat([none, *slots])
 
@@ -207,10 +219,3 @@ def _conv_groups(shapes: dict[str, Shape]) -> Int[Tensor, "2 links"]:
             links += [torch.stack([rows, slots[:, :1].expand_as(rows)]).flatten(1)]
             links += [torch.stack([rows[:, :1].expand_as(slots), slots]).flatten(1)]
     return torch.cat(links, dim=1)
-
-
-def _common(values: Mapping[str, Tensor]) -> torch.dtype:
-    dtype = torch.float32
-    for value in values.values():
-        dtype = torch.promote_types(dtype, value.dtype)
-    return dtype

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from hap import HapError
-from hap.groups import implantable
 from hap.patch import Patch
 from hap.surgery import Inputs, resize
 
@@ -49,13 +48,12 @@ def least_squares(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
     pointwise = centre_tap(module, rows, inputs)
     assert isinstance(module, _ConvNd)
     assert isinstance(pointwise, _ConvNd)
-    taps = _Tap(pointwise)
     dense = resize(copy.deepcopy(module), rows, torch.arange(module.in_channels))
     zz: Tensor | float = 0.0
     zy: Tensor | float = 0.0
     with torch.no_grad():
         for x in inputs.batches():
-            z = _columns(taps(x.index_select(1, inputs.slots.to(x.device))))
+            z = _columns(_taps(x.index_select(1, inputs.slots.to(x.device)), module.stride))
             if inputs.constant:
                 z = torch.cat([z, torch.ones_like(z[:1])])
             zz, zy = zz + z @ z.T, zy + z @ _columns(dense(x)).T
@@ -90,17 +88,9 @@ def merge(module: nn.Module) -> nn.Module:
     return merged
 
 
-class _Tap(nn.Module):
+def _taps(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The inputs that a pointwise convolution reads, one position for each of its outputs."""
-
-    def __init__(self, pointwise: _ConvNd) -> None:
-        super().__init__()
-        self.stride = pointwise.stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        for dim, stride in enumerate(self.stride):
-            x = x.index_select(dim + 2, torch.arange(0, x.shape[dim + 2], stride, device=x.device))
-        return x
+    return x[(slice(None), slice(None), *(slice(None, None, step) for step in stride))]
 
 
 def _columns(x: Tensor) -> Float[Tensor, "channels positions"]:
@@ -113,6 +103,3 @@ def _set(pointwise: _ConvNd, solution: Tensor, inputs: Inputs) -> nn.Module:
     if inputs.constant:
         pointwise.bias = nn.Parameter(solution[:, -1].to(like), requires_grad=like.requires_grad)
     return pointwise
-
-
-__all__ = ["centre_tap", "implantable", "least_squares", "merge", "zero"]

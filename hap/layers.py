@@ -122,17 +122,14 @@ def refuse_unsliceable(name: str, module: nn.Module) -> None:
             f"pass opaque=[{name!r}] to leave it whole, or build it from four nn.Linear"
         )
     if isinstance(module, Patch):
-        raise HapError(
-            f"{name}: a Patch, so the model was pruned before; prune the dense model once, by as much as both"
-        )
+        raise HapError(f"{name}: a Patch, so the model was pruned before; prune the dense one by as much as both")
     if not is_mixing(module) and not is_channelwise(module):
         return
     if hasattr(module, "parametrizations"):
         raise HapError(f"{name}: a parametrized weight cannot be sliced; call remove_parametrizations on it first")
     if strange := {p for p, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
-        raise HapError(
-            f"{name}: {type(module).__name__} with a parameter {min(strange)} cannot be sliced; pass opaque=[{name!r}]"
-        )
+        kind = f"{type(module).__name__} with a parameter {min(strange)}"
+        raise HapError(f"{name}: {kind} cannot be sliced; pass opaque=[{name!r}]")
 
 
 def batched(leaf: Any) -> bool:

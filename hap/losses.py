@@ -1,5 +1,6 @@
 """Losses that know their Hessian in the model's outputs, which is all that `hap.curvature` must know of them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from hap import HapError
 from hap.layers import Call, forward
 
+Batches = Iterable[Any]  # of (inputs, targets)
+
 
 @runtime_checkable
 class Loss(Protocol):
@@ -19,23 +22,18 @@ class Loss(Protocol):
     @property
     def call(self) -> Call:
         """How the outputs come from model and inputs."""
-        ...
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch."""
-        ...
 
     def total(self, outputs: Tensor, targets: Tensor, /) -> Tensor:
         """The summed loss."""
-        ...
 
     def mass(self, targets: Tensor, /) -> Tensor:
         """What the sum is divided by to give the mean."""
-        ...
 
     def columns(self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None, /) -> Tensor:
         """Vectors s [columns, batch, outputs] with sum_c s_c s_c^T the Hessian of the summed loss of each sample."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class CrossEntropy:
         return torch.ones_like(targets).sum() if self.weight is None else self.weight.to(targets.device)[targets].sum()
 
     def columns(
-        self, outputs: Float[Tensor, "batch classes"], targets: Tensor, k: int | None, rng: torch.Generator | None
+        self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None
     ) -> Float[Tensor, "columns batch classes"]:
         """One vector a class, or one for each of a sample's k likeliest classes and one drawn from the rest.
 
@@ -92,12 +90,16 @@ class CrossEntropy:
 
 
 def _check(outputs: Any, targets: Tensor) -> None:
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise HapError(f"cross-entropy: logits [batch, classes] expected, found {found}; pass call= that returns them")
+    _check_outputs(outputs)
     if targets.dtype != torch.long or targets.shape != outputs.shape[:1]:
         found = f"{targets.dtype} of shape {tuple(targets.shape)}"
         raise HapError(f"cross-entropy: a class index for each of {len(outputs)} samples expected, found {found}")
+
+
+def _check_outputs(outputs: Any) -> None:
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise HapError(f"loss: outputs [batch, classes] expected, found {found}; pass call= that returns them")
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,9 @@ class SquaredError:
         return torch.ones_like(targets).sum()
 
     def columns(
-        self, outputs: Float[Tensor, "batch outputs"], targets: Tensor, k: int | None, rng: torch.Generator | None
+        self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None
     ) -> Float[Tensor, "columns batch outputs"]:
         """Unit vectors times sqrt 2, whatever k: no output matters more than another."""
+        _check_outputs(outputs)
         n, outs = outputs.shape
         return 2**0.5 * torch.eye(outs).to(outputs)[:, None].expand(outs, n, outs)

@@ -3,7 +3,6 @@
 (model, loss, batches, groups, *, rng, **options) -> scores. Nothing here knows budgets or surgery.
 """
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -14,20 +13,22 @@ from hap import HapError
 from hap.curvature import exact, hutchinson, measuring
 from hap.groups import Groups
 from hap.layers import weight_of
-from hap.losses import Loss
+from hap.losses import Batches, Loss
+
+Scores = Float[Tensor, "groups"]
 
 
 def hessian_trace(
     model: nn.Module,
     loss: Loss,
-    batches: Iterable[Any],
+    batches: Batches,
     groups: Groups,
     *,
     rng: torch.Generator,
     curvature: Literal["exact", "hutchinson"] = "exact",
     columns: int | None = None,
     probes: int = 300,
-) -> Float[Tensor, "groups"]:
+) -> Scores:
     """The loss that dropping a group costs to second order, its block of H replaced by its mean curvature.
 
     s = Tr(H_pp) / (2 p) * ||w_p||^2, with p the number of weights of the group [Yu22, sec. 3]. `columns` as in
@@ -44,8 +45,8 @@ def hessian_trace(
 
 
 def magnitude(
-    model: nn.Module, loss: Loss, batches: Iterable[Any], groups: Groups, *, rng: torch.Generator, order: int = 1
-) -> Float[Tensor, "groups"]:
+    model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator, order: int = 1
+) -> Scores:
     """Mean absolute weight (order 1) or root mean square weight (order 2), comparable across layers.
 
     # paper: [Li17] sums within one layer; the mean is what makes layers of different width comparable.
@@ -56,9 +57,7 @@ def magnitude(
     return (powers / _size(model, groups)) ** (1 / order)
 
 
-def taylor(
-    model: nn.Module, loss: Loss, batches: Iterable[Any], groups: Groups, *, rng: torch.Generator
-) -> Float[Tensor, "groups"]:
+def taylor(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator) -> Scores:
     """The squared first-order loss change when a group goes, (sum g w)^2, averaged over batches [Molchanov19]."""
     names = list(_weights(model, groups, lambda w: w))
     params = [model.get_parameter(name) for name in names]
@@ -72,16 +71,14 @@ def taylor(
     return torch.stack(scores).mean(0)
 
 
-def random(
-    model: nn.Module, loss: Loss, batches: Iterable[Any], groups: Groups, *, rng: torch.Generator
-) -> Float[Tensor, "groups"]:
+def random(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator) -> Scores:
     """A score without information: the floor every method must beat."""
     return torch.rand(len(groups), generator=rng)
 
 
 def uniform(
-    model: nn.Module, loss: Loss, batches: Iterable[Any], groups: Groups, *, rng: torch.Generator, order: int = 1
-) -> Float[Tensor, "groups"]:
+    model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator, order: int = 1
+) -> Scores:
     """The same fraction of every layer, its groups of smallest magnitude first.
 
     A group of several layers counts in the first of them.
@@ -103,6 +100,6 @@ def _weights(model: nn.Module, groups: Groups, function: Any) -> dict[str, Tenso
     return {name: function(model.get_parameter(name).detach()) for name in names}
 
 
-def _size(model: nn.Module, groups: Groups) -> Float[Tensor, "groups"]:
+def _size(model: nn.Module, groups: Groups) -> Scores:
     """The number of weights of each group."""
     return groups.reduce(_weights(model, groups, torch.ones_like))

@@ -1,7 +1,5 @@
 """The one module that surgery adds to a model: parts that write rows, put in their places among zeros."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +10,7 @@ class Patch(nn.Module):
     order: Tensor
     take: Tensor
 
-    def __init__(
-        self, parts: Iterable[nn.Module], order: Tensor, take: Tensor, axis: int, given: int, idle: bool
-    ) -> None:
+    def __init__(self, parts: list[nn.Module], order: Tensor, take: Tensor, axis: int, given: int, idle: bool) -> None:
         """`order`: place of each written row among those computed; `given`: input width; `idle`: some row is zero."""
         super().__init__()
         self.parts = nn.ModuleList(parts)

@@ -73,25 +73,16 @@ def _patches(module: nn.Module, x: Tensor) -> Float[Tensor, "batch groups cols p
     if isinstance(module, nn.Linear):
         return x.reshape(len(x), 1, -1, x.shape[-1]).mT
     assert isinstance(module, _ConvNd)
-    kernel, stride, dilation, padding = module.kernel_size, module.stride, module.dilation, _padding(module)
+    x = F.pad(x, module._reversed_padding_repeated_twice)
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     if len(kernel) == 1:
-        x, kernel, stride, dilation, padding = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation), (0, *padding)
-    if set(kernel) == {1} and not any(padding):
-        u = x[:, :, :: stride[0], :: stride[1]].flatten(2)
-    else:
-        u = F.unfold(x, kernel, dilation, padding, stride)
+        x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
+    u = (
+        x[:, :, :: stride[0], :: stride[1]].flatten(2)
+        if set(kernel) == {1}
+        else F.unfold(x, kernel, dilation, 0, stride)
+    )
     return u.reshape(len(x), module.groups, -1, u.shape[-1])
-
-
-def _padding(module: _ConvNd) -> tuple[int, ...]:
-    if module.padding == "valid":
-        return (0,) * len(module.kernel_size)
-    if module.padding == "same":
-        both = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        if any(b % 2 for b in both):
-            raise HapError(f"curvature: {module} pads one side more than the other, which is not known")
-        return tuple(b // 2 for b in both)
-    return tuple(int(p) for p in module.padding)
 
 
 def _outputs(module: nn.Module, grads: Tensor) -> Float[Tensor, "batch groups columns rows positions"]:

@@ -44,8 +44,6 @@ class Budget:
         given = {k: v for k in ("params", "macs", "groups") if (v := getattr(self, k)) is not None}
         if len(given) != 1:
             raise HapError(f"budget: exactly one of params, macs, groups expected, found {sorted(given) or 'none'}")
-        if wrong := [k for k, v in asdict(self).items() if v is not None and not isinstance(v, int | float)]:
-            raise HapError(f"budget.{wrong[0]}: a number expected, found {getattr(self, wrong[0])!r}")
         if not 0 < self.target < 1:
             raise HapError(f"budget.{self.unit}: a fraction between 0 and 1 to remove expected, found {self.target}")
         if not 0 <= self.implant < 1:
@@ -83,8 +81,8 @@ class Plan:
     @staticmethod
     def of(groups: Groups, fates: Int[Tensor, "groups"], budget: Mapping[str, Any] | None = None) -> "Plan":
         """The plan that gives each group its fate."""
-        letters = [LETTER[Fate(fate)] for fate in _by_row(groups, fates).tolist()]
-        rows = {n: "".join(letters[s.first_row : s.first_row + s.rows]) for n, s in groups.shapes.items() if s.mixing}
+        letters = [LETTER[Fate(fate)] for fate in by_row(groups, fates).tolist()]
+        rows = {n: "".join(letters[s.rows_at]) for n, s in groups.shapes.items() if s.mixing}
         whole, left = cost(groups, torch.full_like(fates, int(Fate.KEEP))), cost(groups, fates)
         removed = {k: 1 - getattr(left, k) / max(1, getattr(whole, k)) for k in Cost._fields}
         return Plan(rows, removed, budget or {})
@@ -99,11 +97,10 @@ class Plan:
         index = {letter: int(fate) for fate, letter in LETTER.items()}
         fate = torch.full_like(groups.row_group, int(Fate.KEEP))
         for name, line in self.rows.items():
-            first = groups.shapes[name].first_row
-            fate[first : first + len(line)] = torch.tensor([index[c] for c in line])
+            fate[groups.shapes[name].rows_at] = torch.tensor([index[c] for c in line])
         of = groups.row_group
         fates = torch.full((len(groups),), int(Fate.KEEP)).index_copy(0, of[of >= 0], fate[of >= 0])
-        if not torch.equal(_by_row(groups, fates), fate):
+        if not torch.equal(by_row(groups, fates), fate):
             raise HapError("plan: rows that must share a fate do not, or a frozen row is pruned")
         return fates
 
@@ -157,13 +154,12 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
 def cost(groups: Groups, fates: Int[Tensor, "groups"]) -> Cost:
     """What is left when each group meets its fate; a pointwise implant keeps one weight for each slot it reads."""
     gone = groups.gone(fates == Fate.DROP)
-    implant = _by_row(groups, fates) == Fate.IMPLANT
+    implant = by_row(groups, fates) == Fate.IMPLANT
     params = groups.params
     macs = 0
     for s in groups.shapes.values():
-        rows, slots = slice(s.first_row, s.first_row + s.rows), slice(s.first_slot, s.first_slot + s.slots)
-        left, read = s.rows - int(gone.rows[rows].sum()), s.slots - int(gone.slots[slots].sum())
-        small = int(implant[rows].sum()) if s.implantable else 0
+        left, read = int((~gone.rows[s.rows_at]).sum()), int((~gone.slots[s.slots_at]).sum())
+        small = int(implant[s.rows_at].sum()) if s.implantable else 0
         # removing whole groups of a grouped convolution leaves each row as many inputs as it had
         read = read if s.conv_groups == 1 else s.slots // s.conv_groups
         weights = ((left - small) * s.kernel + small) * read
@@ -172,7 +168,8 @@ def cost(groups: Groups, fates: Int[Tensor, "groups"]) -> Cost:
     return Cost(params, macs, int((fates == Fate.KEEP).sum()))
 
 
-def _by_row(groups: Groups, fates: Tensor) -> Int[Tensor, "rows"]:
+def by_row(groups: Groups, fates: Tensor) -> Int[Tensor, "rows"]:
+    """The fate of each row; of one that is in no group, to be kept."""
     row = torch.full_like(groups.row_group, int(Fate.KEEP))
     row[groups.row_group >= 0] = fates[groups.row_group[groups.row_group >= 0]]
     return row

@@ -16,7 +16,7 @@ from hap import HapError
 from hap.groups import Groups, components
 from hap.layers import Call, axis, evaluating, first_tensor, forward
 from hap.patch import Patch
-from hap.plan import Fate, Plan
+from hap.plan import Fate, Plan, by_row
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def apply(
                 raise HapError(f"{name}: the plan has implants, so apply() needs an implant, found none")
             inputs = _inputs(model, groups, name, cut, batches, call)
             made = implant(model.get_submodule(name), cut.implanted, inputs)
-            parts.append(_absorb(small, groups, cuts, name, cut, made))
+            parts.append(_absorb(small, groups, cuts, name, made))
         _replace(small, module, _patched(module, cut, parts, device).train(module.training))
     return small
 
@@ -80,8 +80,8 @@ def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     masked = copy.deepcopy(model)
     for name, s in groups.shapes.items():
         module = masked.get_submodule(name)
-        idle = gone.rows[s.first_row : s.first_row + s.rows] | implanted[s.first_row : s.first_row + s.rows]
-        unread = gone.slots[s.first_slot : s.first_slot + s.slots]
+        idle = gone.rows[s.rows_at] | implanted[s.rows_at]
+        unread = gone.slots[s.slots_at]
         if idle.any():
             module.register_forward_hook(lambda m, _, y, idle=idle: _blank(y, idle, axis(m)))
         if s.mixing and unread.any():
@@ -100,10 +100,8 @@ def resize(module: nn.Module, rows: Tensor, slots: Tensor) -> nn.Module:
         cut = value.detach().index_select(0, rows.to(value.device))
         if value.dim() > 1 and getattr(module, "groups", 1) == 1:
             cut = cut.index_select(1, slots.to(value.device))
-        if isinstance(value, nn.Parameter):
-            setattr(module, name, nn.Parameter(cut, requires_grad=value.requires_grad))
-        else:
-            setattr(module, name, cut)
+        trained = isinstance(value, nn.Parameter)
+        setattr(module, name, nn.Parameter(cut, requires_grad=value.requires_grad) if trained else cut)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = len(rows), len(slots)
     elif isinstance(module, _ConvNd):
@@ -119,13 +117,8 @@ def resize(module: nn.Module, rows: Tensor, slots: Tensor) -> nn.Module:
 def _gone(groups: Groups, plan: Plan) -> tuple[Any, Tensor]:
     fates = plan.fates(groups)
     gone = groups.gone(fates == Fate.DROP)
-    able = torch.zeros_like(gone.rows)
-    for s in groups.shapes.values():
-        able[s.first_row : s.first_row + s.rows] = s.implantable
-    free = groups.row_group >= 0
-    implanted = torch.zeros_like(gone.rows)
-    implanted[free] = fates[groups.row_group[free]] == Fate.IMPLANT
-    return gone, implanted & able
+    able = torch.cat([torch.full((s.rows,), s.implantable) for s in groups.shapes.values()])
+    return gone, (by_row(groups, fates) == Fate.IMPLANT) & able
 
 
 def _cuts(groups: Groups, plan: Plan) -> dict[str, Cut]:
@@ -139,15 +132,10 @@ def _cuts(groups: Groups, plan: Plan) -> dict[str, Cut]:
     there = alive[wire]
     cuts = {}
     for name, s in groups.shapes.items():
-        rows, slots = slice(s.first_row, s.first_row + s.rows), slice(s.first_slot, s.first_slot + s.slots)
+        rows, slots = s.rows_at, s.slots_at
         kept = (~gone.rows[rows] & ~implanted[rows]).nonzero()[:, 0]
-        cut = Cut(
-            kept,
-            implanted[rows].nonzero()[:, 0],
-            there[:n][rows],
-            (~gone.slots[slots]).nonzero()[:, 0],
-            there[n:][slots],
-        )
+        read = (~gone.slots[slots]).nonzero()[:, 0]
+        cut = Cut(kept, implanted[rows].nonzero()[:, 0], there[:n][rows], read, there[n:][slots])
         if len(kept) < s.rows or len(cut.slots) < s.slots:
             cuts[name] = cut
     return cuts
@@ -166,14 +154,12 @@ def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module], device: torch.
     return Patch(parts, place.to(device), take.to(device), axis(module), int(cut.given.sum()), idle)
 
 
-def _absorb(
-    small: nn.Module, groups: Groups, cuts: dict[str, Cut], name: str, cut: Cut, implant: nn.Module
-) -> nn.Module:
+def _absorb(small: nn.Module, groups: Groups, cuts: dict[str, Cut], name: str, implant: nn.Module) -> nn.Module:
     """Move the implant's bias into the BatchNorm that reads it, where the layer itself has none."""
     bias = getattr(implant, "bias", None)
     if not isinstance(bias, Tensor) or groups.shapes[name].extras:
         return implant
-    norm_name, slots = _reader(groups, name, cut.implanted)
+    norm_name, slots = _reader(groups, name, cuts[name].implanted)
     norm = small.get_submodule(norm_name)
     norm = norm.parts[0] if isinstance(norm, Patch) else norm
     if not isinstance(norm, _BatchNorm | _InstanceNorm) or norm.running_mean is None:

@@ -1,7 +1,7 @@
 """What curvature adds up over samples, batches and probes, with the error of each sum."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -58,7 +58,7 @@ class Tally:
         if sampled and self.groups is not None:
             if (shape := self.groups.shapes.get(layer)) is None:  # inside an opaque module
                 return
-            of = self.groups.row_group[shape.first_row : shape.first_row + shape.rows]
+            of = self.groups.row_group[shape.rows_at]
             self.by_group.index_add_(1, of[of >= 0], squares.last[:, of >= 0].double().cpu())
 
     def end(self) -> None:
@@ -84,33 +84,32 @@ class Tally:
         )
 
 
-@dataclass
-class Moments:
-    """Mean and sum of squared deviations, one at a time (Welford)."""
+class Probes:
+    """Means over probes, batch by batch, and their standard errors; of each name one number per element."""
 
-    n: int = 0
-    mean: dict[str, Tensor] = field(default_factory=dict)
-    squares: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.mass, self.sums, self.variances = 0.0, dict[str, Tensor](), dict[str, Tensor]()
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Take in one more."""
-        self.n += 1
-        for name, value in values.items():
-            value = value.to(torch.promote_types(value.dtype, torch.float32))
-            mean = self.mean.setdefault(name, torch.zeros_like(value))
-            delta = value - mean
-            mean += delta / self.n
-            self.squares.setdefault(name, torch.zeros_like(value)).add_(delta * (value - mean))
+    def add(self, estimates: Iterable[Mapping[str, Tensor]], mass: float) -> None:
+        """Take in the probes of one batch, one at a time (Welford)."""
+        mean: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
+        for n, values in enumerate(estimates, start=1):
+            for name, value in values.items():
+                value = value.to(torch.promote_types(value.dtype, torch.float32))
+                delta = value - mean.setdefault(name, torch.zeros_like(value))
+                mean[name] += delta / n
+                squares.setdefault(name, torch.zeros_like(value)).add_(delta * (value - mean[name]))
+        self.mass += mass
+        for name in mean:
+            variance = squares[name] / (n * (n - 1))
+            self.sums[name] = self.sums.get(name, 0.0) + mass * mean[name]
+            self.variances[name] = self.variances.get(name, 0.0) + mass**2 * variance
 
-
-def pooled(moments: list[Moments], masses: list[float]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Mean over batches by mass, and its standard error."""
-    share = [m / sum(masses) for m in masses]
-    mean = {
-        n: sum((w * m.mean[n] for w, m in zip(share, moments, strict=True)), torch.zeros(())) for n in moments[0].mean
-    }
-    stderr = {}
-    for name in mean:
-        parts = [w**2 * m.squares[name] / (m.n * (m.n - 1)) for w, m in zip(share, moments, strict=True)]
-        stderr[name] = sum(parts, torch.zeros(())).sqrt()
-    return mean, stderr
+    def result(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The mean by mass, and its standard error."""
+        if not self.sums:
+            raise HapError("curvature: calibration batches expected, found none")
+        mean = {name: value / self.mass for name, value in self.sums.items()}
+        return mean, {name: value.sqrt() / self.mass for name, value in self.variances.items()}

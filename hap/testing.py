@@ -29,7 +29,7 @@ def random_plan(groups: Groups, rng: torch.Generator, drop: float = 0.4, implant
     fates[draw < drop + implant] = int(Fate.IMPLANT)
     fates[draw < drop] = int(Fate.DROP)
     for s in groups.shapes.values():
-        of = groups.row_group[s.first_row : s.first_row + s.rows]
+        of = groups.row_group[s.rows_at]
         if s.mixing and bool((of >= 0).all()):
             fates[of[int(torch.randint(len(of), (), generator=rng))]] = int(Fate.KEEP)
     return Plan.of(groups, fates)

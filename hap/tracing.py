@@ -78,9 +78,7 @@ def declare(
         padded = taps.send(1, {}, padding=True).nans[0]
     index = {name: i for i, name in enumerate(taps.names)}
     if unknown := ({name for pair in table for name in pair[:2]} | set(frozen)) - set(index):
-        raise HapError(
-            f"declared table: {min(unknown)} is not a convolution, linear or normalisation layer of the model"
-        )
+        raise HapError(f"declared table: {min(unknown)} is not a convolution, linear or BatchNorm layer of the model")
     pairs = [_declared(taps, index[w], index[r], list(rows), list(slots)) for w, r, rows, slots in table]
     edges = torch.cat([torch.empty(2, 0, dtype=torch.long), *pairs], dim=1)
     unnamed = torch.ones(taps.slot_starts[-1], dtype=torch.bool).index_fill_(0, edges[1], False)
@@ -103,10 +101,8 @@ def _declared(taps: Taps, writer: int, reader: int, rows: list[int], slots: list
 def _refuse_uncalled(taps: Taps) -> None:
     for module, name in taps.tapped.items():
         if module in taps.index and not taps.outputs[module]:
-            raise HapError(
-                f"{name} ({type(module).__name__}): not called by the model, so it is unused or its weight is read "
-                f"directly; replace it by nn.Identity in the first case, pass opaque=[its reader] in the second"
-            )
+            why = "not called by the model; put nn.Identity there if it is unused, else pass opaque=[its reader]"
+            raise HapError(f"{name} ({type(module).__name__}): {why}")
 
 
 def _outside(taps: Taps) -> Tensor:
@@ -159,11 +155,10 @@ def _colours(reach: Tensor) -> list[list[int]]:
     conflict = (reach.float() @ reach.float().T) > 0
     colours: list[list[int]] = []
     for i in range(len(reach)):
-        free = next((c for c in colours if not conflict[i, c].any()), None)
-        if free is None:
-            colours.append([i])
-        else:
-            free.append(i)
+        colour = next((c for c in colours if not conflict[i, c].any()), [])
+        if not colour:
+            colours.append(colour)
+        colour.append(i)
     return colours
 
 
@@ -201,17 +196,9 @@ def _assemble(taps: Taps, edges: Tensor, outside: Tensor, padded: Tensor) -> Fee
     for i in _sharing(taps):
         frozen_rows[starts(taps.rows)[i] : starts(taps.rows)[i + 1]] = True
         frozen_slots[taps.slot_starts[i] : taps.slot_starts[i + 1]] = True
-    relation = edges[:, ~sunk]
+    fed, positions = edges[:, ~sunk], taps.positions()
     return Feeds(
-        taps.names,
-        taps.rows,
-        taps.slots,
-        taps.positions(),
-        relation,
-        frozen_rows,
-        frozen_slots,
-        taps.follows,
-        padded[:slots],
+        taps.names, taps.rows, taps.slots, positions, fed, frozen_rows, frozen_slots, taps.follows, padded[:slots]
     )
 
 
