@@ -61,7 +61,6 @@ class Groups:
     feeds: Feeds
     shapes: dict[str, Shape]
     row_group: Int[Tensor, "rows"]  # the group of each row; -1 where it is frozen, or not of a mixing module
-    how: str
     params: int  # of the whole model
     _count: int
 
@@ -127,7 +126,7 @@ def couple(model: nn.Module, feeds: Feeds, how: Literal["tied", "union"] = "tied
     frozen[label[:n][feeds.frozen_rows]] = True
     frozen[label[:n][feeds.edges[0][fixed[feeds.edges[1]]]]] = True
     frozen[label[n:][fixed & tying]] = True
-    return _number(model, feeds, shapes, label[:n], frozen, how)
+    return _number(model, feeds, shapes, label[:n], frozen)
 
 
 def components(n: int, a: Tensor, b: Tensor) -> Int[Tensor, "nodes"]:
@@ -143,9 +142,7 @@ def components(n: int, a: Tensor, b: Tensor) -> Int[Tensor, "nodes"]:
         label = lower
 
 
-def _number(
-    model: nn.Module, feeds: Feeds, shapes: dict[str, Shape], label: Tensor, frozen: Tensor, how: str
-) -> Groups:
+def _number(model: nn.Module, feeds: Feeds, shapes: dict[str, Shape], label: Tensor, frozen: Tensor) -> Groups:
     mixing = torch.zeros(len(label), dtype=torch.bool)
     for shape in shapes.values():
         mixing[shape.rows_at] = shape.mixing
@@ -154,7 +151,7 @@ def _number(
     row_group = torch.full_like(label, -1)
     row_group[free] = number
     params = sum(p.numel() for p in model.parameters())
-    return Groups(feeds, shapes, row_group, how, params, len(roots))
+    return Groups(feeds, shapes, row_group, params, len(roots))
 
 
 def _ambiguous(feeds: Feeds) -> Bool[Tensor, "slots"]:

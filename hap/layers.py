@@ -97,9 +97,7 @@ def starts(counts: tuple[int, ...]) -> list[int]:
 
 def sort(model: nn.Module, opaque: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """The modules that are sliced, and the barriers; nothing inside an opaque module is looked at."""
-    sliced: dict[str, nn.Module] = {}
-    barriers: dict[str, nn.Module] = {}
-    named = dict(model.named_modules())
+    sliced, barriers, named = dict[str, nn.Module](), dict[str, nn.Module](), dict(model.named_modules())
     if isinstance(opaque, str):
         raise HapError(f"opaque: a list of module names expected, found the string {opaque!r}")
     if missing := set(opaque) - set(named):

@@ -34,8 +34,7 @@ class Tally:
     def __init__(self, groups: Groups | None) -> None:
         """Nothing yet."""
         self.groups, self.linear = groups, True
-        self.sums: dict[str, Tensor] = {}
-        self.fourths: dict[str, Tensor] = {}
+        self.sums, self.fourths = dict[str, Tensor](), dict[str, Tensor]()
         self.mass, self.drawn, self.samples, self.columns = 0.0, 0.0, 0, 0
         self.variance = torch.zeros(0 if groups is None else len(groups), dtype=torch.float64)
 
@@ -93,8 +92,7 @@ class Probes:
 
     def add(self, estimates: Iterable[Mapping[str, Tensor]], mass: float) -> None:
         """Take in the probes of one batch, one at a time (Welford)."""
-        mean: dict[str, Tensor] = {}
-        squares: dict[str, Tensor] = {}
+        mean, squares = dict[str, Tensor](), dict[str, Tensor]()
         for n, values in enumerate(estimates, start=1):
             for name, value in values.items():
                 value = value.to(torch.promote_types(value.dtype, torch.float32))
