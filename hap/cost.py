@@ -51,9 +51,13 @@ def _repeated(leaf: Any, batch: int) -> Any:
 
 def _seconds(model: nn.Module, inputs: Any, call: Call) -> float:
     device = next((t.device for t in tree_leaves(inputs) if isinstance(t, Tensor)), torch.device("cpu"))
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
-    synchronise(device)
+    _synchronise(device)
     start = time.perf_counter()
     call(model, inputs)
-    synchronise(device)
+    _synchronise(device)
     return time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -114,6 +114,7 @@ def test_columns_that_make_no_sense_are_refused(outputs, targets, k, rng, says):
         CrossEntropy().columns(outputs, targets, k, rng)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_model_that_returns_no_logits_is_refused():
     with pytest.raises(HapError, match="found dict; pass call= that returns them"):
         CrossEntropy(call=lambda model, x: {"logits": x})(
