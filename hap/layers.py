@@ -123,6 +123,8 @@ def refuse_unsliceable(name: str, module: nn.Module) -> None:
         raise HapError(f"{name}: a Patch, so the model was pruned before; prune the dense one by as much as both")
     if not is_mixing(module) and not is_channelwise(module):
         return
+    if 0 in widths(module):
+        raise HapError(f"{name}: {type(module).__name__} without rows or inputs; prune the dense model instead")
     if hasattr(module, "parametrizations"):
         raise HapError(f"{name}: a parametrized weight cannot be sliced; call remove_parametrizations on it first")
     if strange := {p for p, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:

@@ -321,3 +321,10 @@ def test_an_output_without_numbers_and_a_string_of_names_are_refused():
         trace(nn.Linear(4, 2), torch.randn(1, 4), call=lambda model, x: len(model(x)))
     with pytest.raises(HapError, match="a list of module names expected, found the string '0'"):
         trace(nn.Sequential(nn.Linear(4, 2)), torch.randn(1, 4), opaque="0")
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+def test_a_layer_without_rows_is_refused():
+    model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3))
+    with pytest.raises(HapError, match="0: Linear without rows or inputs"):
+        trace(model, torch.randn(1, 4))
