@@ -8,6 +8,7 @@ References, cited as [key] in the docstrings:
 [LeCun90]      LeCun, Denker, Solla. Optimal Brain Damage. NeurIPS 1990.
 [Hutchinson90] Hutchinson. A stochastic estimator of the trace of the influence matrix. Comm. Stat. 19, 1990.
 [Schraudolph02] Schraudolph. Fast curvature matrix-vector products. Neural Computation 14, 2002.
+[Goodfellow15] Goodfellow. Efficient per-example gradient computations. arXiv 1510.01799, 2015.
 [Li17]         Li, Kadav, Durdanovic, Samet, Graf. Pruning Filters for Efficient ConvNets. ICLR 2017.
 [Molchanov19]  Molchanov, Mallya, Tyree, Frosio, Kautz. Importance Estimation for Neural Network Pruning. CVPR 2019.
 
@@ -29,7 +30,8 @@ _HOMES = {
     "groups": "couple Groups",
     "losses": "CrossEntropy SquaredError",
     "tally": "Curvature",
-    "curvature": "exact hutchinson",
+    "probes": "hutchinson",
+    "curvature": "exact",
     "plan": "Budget Fate Plan",
     "surgery": "apply mask",
     "implants": "merge",

@@ -1,4 +1,4 @@
-"""The diagonal of the loss Hessian, weight by weight: `exact` in closed form, `hutchinson` by random probes.
+"""The diagonal of the loss Hessian in closed form, parameter by parameter, without probes.
 
 For a loss whose Hessian in the outputs is sum_c s_c s_c^T, the generalised Gauss-Newton matrix has the diagonal
 sum_c (d (s_c . f) / dw)^2 [Schraudolph02]: one backward pass a column c, with per-sample gradients squared. Where the
@@ -6,26 +6,30 @@ network is piecewise linear in each single weight, that *is* the diagonal of the
 losses; of groups it knows only how to sum over them.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from hap import HapError
-from hap.graph import piecewise_linear, refuse_shared
+from hap.graph import piecewise_linear, refuse_shared, sources
 from hap.groups import Groups
-from hap.layers import evaluating, first_tensor, is_mixing, plain_kernels, weight_of
+from hap.layers import is_mixing
 from hap.losses import Batches, Loss
-from hap.persample import refuse_unknown, squared_gradients
-from hap.tally import Curvature, Probes, Tally
+from hap.measuring import Seen, chunks, counting, measuring, see
+from hap.persample import Per, is_known, positions, squared_gradients
+from hap.probes import hutchinson
+from hap.tally import Curvature, Tally, join
 
-TRACE = "trace per group"  # beside the names of parameters
+KNOWN = "nn.Linear, nn.Conv1d, nn.Conv2d, BatchNorm and nn.LayerNorm"
+MEMORY = {"cpu": 2**27}  # bytes: on a CPU what is held should not be far from the cache
+MEMORY_ELSEWHERE = 2**31
 
 
 def exact(
@@ -35,119 +39,143 @@ def exact(
     groups: Groups | None = None,
     *,
     columns: int | None = None,
+    share: float | None = None,
     rng: torch.Generator | None = None,
-    chunk: int = 64,
+    of: Literal["weights", "parameters"] = "weights",
+    per: Per = "weight",
+    unknown: int | None = None,
+    autocast: torch.dtype | None = None,
+    memory: int | None = None,
 ) -> Curvature:
     """The diagonal for the weights of all convolutions and linear layers, without a probe.
 
     `columns`: None for the whole sum over classes; k for the k likeliest classes of each sample and one drawn from
-    the rest by `rng`. `chunk`: samples in one pass. The model runs in eval mode and is left as it was found.
+    the rest by `rng`. `share` instead: as many that the drawn part should be at most this share of the trace (a
+    warning where it is not). `of`: "parameters" adds biases, and scale and shift of BatchNorm and LayerNorm. `per`:
+    "row" gives the sum over each row, which is all a group needs and cheaper. `unknown`: how many probes of
+    `hutchinson` to spend on the parameters of modules that are not known here; None refuses such modules.
+    `autocast`: the dtype of the passes; sums are in float32 at least. `memory`: bytes that one pass may hold, which
+    sets how many samples it has. The model runs in eval mode and is left as it was found.
     """
-    if chunk < 1:
-        raise HapError(f"exact: a chunk of at least 1 sample expected, found {chunk}")
-    tally = Tally(groups)
-    with measuring(model) as layers:
-        for name, layer in layers.items():
-            refuse_unknown(name, layer)
-        for name, module in model.named_modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is None:
-                raise HapError(f"curvature: {name} takes the statistics of the batch, which couples its samples")
-        for inputs, targets in _chunks(batches, chunk):
-            outputs, seen = _forward(model, loss, inputs, layers)
-            vectors = loss.columns(outputs, targets, columns, rng).detach()
-            refuse_shared(outputs, layers)
-            tally.begin(targets, float(loss.mass(targets)), len(vectors), piecewise_linear(outputs))
-            edges = [edge for _, edge in seen.values()]
-            grads = [torch.autograd.grad(outputs, edges, v, retain_graph=True, materialize_grads=True) for v in vectors]
-            sampled = columns is not None and len(vectors) == columns + 1 < outputs.shape[1]
-            for (name, (x, _)), column in zip(seen.items(), zip(*grads, strict=True), strict=True):
-                if len(x) != len(targets):
-                    raise HapError(f"curvature: {name} reads {len(x)} samples where the batch has {len(targets)}")
-                tally.add(name, squared_gradients(layers[name], x, torch.stack(column)), sampled)
-            tally.end()
-    return tally.result()
-
-
-def hutchinson(
-    model: nn.Module, loss: Loss, batches: Batches, groups: Groups | None = None, *, probes: int, rng: torch.Generator
-) -> Curvature:
-    """The mean of v * Hv over Rademacher probes v, with its standard error over them [Hutchinson90].
-
-    Each probe touches all weights at once, so the estimate of one weight carries the noise of all others. H is that
-    of each batch; batches are averaged by their mass, and memory does not grow with their number or the probes'.
-    """
-    if probes < 2:
-        raise HapError(f"hutchinson: at least 2 probes expected, for a standard error needs them, found {probes}")
-    sums, samples = Probes(), 0
-    with plain_kernels(), measuring(model) as layers:
-        params = {weight_of(name): layer.get_parameter("weight") for name, layer in layers.items()}
-        weights = list(params.values())
-
-        def estimates(slopes: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
-            for _ in range(probes):
-                probe = [_rademacher(p, rng) for p in weights]
-                products = torch.autograd.grad(slopes, weights, probe, retain_graph=True, materialize_grads=True)
-                found = {name: v * hv for name, v, hv in zip(params, probe, products, strict=True)}
-                yield found if groups is None else {**found, TRACE: groups.reduce(found)}
-
+    _check(columns, share, rng, memory)
+    layers, strange = _sort(model, of, unknown)
+    if strange and not isinstance(batches, Sequence):
+        batches = list(batches)  # they are read twice
+    tally, size = Tally(groups), 0
+    with measuring(model, [_full(layer, own) for layer, names in layers.items() for own in names]) as params:
+        device = next(iter(params.values())).device
+        # without its cache of casts: a weight that is used twice must be seen twice
+        passes = partial(torch.autocast, device.type, autocast, autocast is not None, cache_enabled=False)
+        way = _Way(model, loss, layers, columns, share, rng, per, passes)
         for batch in batches:
-            samples += len(batch[1])
-            slopes = torch.autograd.grad(loss(model, batch), weights, create_graph=True, materialize_grads=True)
-            sums.add(estimates(slopes), float(loss.mass(batch[1])))
-    mean, stderr = sums.result()
-    trace, trace_stderr = mean.pop(TRACE, None), stderr.pop(TRACE, None)
-    return Curvature(mean, stderr, "Hutchinson estimate", trace, trace_stderr, 1.0, samples, 1, 1 + 2 * probes)
+            size = size or way.fitting(batch, memory or MEMORY.get(device.type, MEMORY_ELSEWHERE))
+            for inputs, targets in chunks([batch], size):
+                way.add(tally, params, inputs, targets)
+    found = tally.result()
+    if share is not None and found.drawn > share:
+        warnings.warn(f"exact: {found.drawn:.3g} of the trace was drawn, not {share:g}; give columns", stacklevel=2)
+    if not strange:
+        return found
+    assert unknown is not None
+    assert rng is not None
+    return join(found, hutchinson(model, loss, batches, groups, probes=unknown, rng=rng, names=strange), per)
 
 
-@contextmanager
-def measuring(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
-    """The convolutions and linear layers, their weights differentiable, the model in eval mode."""
-    layers = {name: module for name, module in model.named_modules() if is_mixing(module)}
+@dataclass(frozen=True)
+class _Way:
+    """How the samples of a chunk are measured."""
+
+    model: nn.Module
+    loss: Loss
+    layers: dict[str, list[str]]  # and which of their parameters
+    columns: int | None
+    share: float | None
+    rng: torch.Generator | None
+    per: Per
+    passes: Callable[[], AbstractContextManager[Any]]
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # gradients; kept, for fresh memory costs more than sums
+
+    def see(self, inputs: Any, sink: Callable[[str, Tensor], None]) -> tuple[Tensor, dict[str, Seen]]:
+        """A forward pass."""
+        modules = {name: self.model.get_submodule(name) for name in self.layers}
+        with self.passes():
+            return see(self.model, self.loss, inputs, modules, sink)
+
+    def fitting(self, batch: Any, memory: int) -> int:
+        """How many samples fit into `memory` bytes: what autograd saves, and all gradients of each column."""
+        one, _ = next(chunks([batch], 1))
+        with counting(self.model) as saved:
+            outputs, seen = self.see(one, lambda *_: None)
+        count = outputs.shape[-1] if self.columns is None else min(self.columns + 1, outputs.shape[-1])
+        return max(1, memory // (sum(saved.values()) + count * sum(each.y.nbytes for each in seen.values())))
+
+    def add(self, tally: Tally, params: Mapping[str, nn.Parameter], inputs: Any, targets: Tensor) -> None:
+        """Measures a chunk."""
+        column = 0
+
+        def sink(name: str, grad: Tensor) -> None:
+            self.buffers[name][: len(grad), :, column] = positions(self.model.get_submodule(name), grad)
+
+        outputs, seen = self.see(inputs, sink)
+        refuse_shared(outputs, params)
+        k = self.columns if self.share is None else self.loss.enough(outputs, targets, self.share)
+        vectors, drawn = self.loss.columns(outputs.detach(), targets, k, self.rng)
+        tally.begin(outputs, self.loss.mass(targets), len(vectors), piecewise_linear(outputs))
+        self.make_room(seen, len(targets), len(vectors))
+        edges = [each.edge for each in seen.values()]
+        last = sources(outputs, [edge.node for edge in edges])
+        ends = [edge for edge in edges if edge.node in last]
+        for column, vector in enumerate(vectors):
+            torch.autograd.grad(outputs, ends, vector, retain_graph=column < len(vectors) - 1)
+        for name, each in seen.items():
+            module, own, g = self.model.get_submodule(name), self.layers[name], self.buffers[name][: len(targets)]
+            for key, squares in squared_gradients(module, each.x, g, own, per=self.per, drawn=drawn).items():
+                tally.add(name, _full(name, key), squares)
+        tally.end()
+
+    def make_room(self, seen: Mapping[str, Seen], samples: int, columns: int) -> None:
+        """Buffers for what the layers wrote; a gradient that never comes is zero."""
+        for name, each in seen.items():
+            if len(each.x) != samples:
+                raise HapError(f"curvature: {name} reads {len(each.x)} samples where the batch has {samples}")
+            n, places, rows = positions(self.model.get_submodule(name), each.y).shape
+            old = self.buffers.get(name)
+            if old is None or old.shape[1:] != (places, columns, rows) or len(old) < n:
+                wide = torch.promote_types(each.y.dtype, torch.float32)
+                self.buffers[name] = torch.zeros(n, places, columns, rows, dtype=wide, device=each.x.device)
+
+
+def _check(columns: int | None, share: float | None, rng: torch.Generator | None, memory: int | None) -> None:
+    if columns is not None and share is not None:
+        raise HapError(f"exact: one of columns and share expected, found {columns} and {share}")
+    if share is not None and not 0 < share < 1:
+        raise HapError(f"exact: a share of the trace above 0 and below 1 expected, found {share}")
+    if memory is not None and memory < 1:
+        raise HapError(f"exact: a memory of at least 1 byte expected, found {memory}")
+
+
+def _sort(model: nn.Module, of: str, unknown: int | None) -> tuple[dict[str, list[str]], list[str]]:
+    """The layers that are known and which of their parameters are wanted; the parameters of all others."""
+    if of not in ("weights", "parameters"):
+        raise HapError(f"exact: of 'weights' or 'parameters' expected, found {of!r}")
+    layers, strange = dict[str, list[str]](), list[str]()
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise HapError(f"curvature: {name} takes the statistics of the batch, which couples its samples")
+        own = list(dict(module.named_parameters(recurse=False)))
+        own = own if of == "parameters" else ["weight"] if is_mixing(module) else []
+        if own and is_known(module):
+            layers[name] = own
+        elif own and unknown is None:
+            pads = getattr(module, "padding_mode", "zeros")
+            why = f"is not known; {KNOWN} are" if pads == "zeros" else f"pads with {pads}; only zeros are known"
+            raise HapError(f"curvature: {name} ({type(module).__name__}) {why}; unknown=PROBES leaves it to probes")
+        else:
+            strange += [_full(name, each) for each in own]
     if not layers:
         raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
-    for name, module in layers.items():
-        if not isinstance(module._parameters.get("weight"), nn.Parameter):
-            raise HapError(f"curvature: the weight of {name} is computed from others; make it a parameter first")
-    weights = [(p, p.requires_grad) for p in (model.get_parameter(weight_of(name)) for name in layers)]
-    try:
-        for p, _ in weights:
-            p.requires_grad_(True)
-        with torch.enable_grad(), evaluating(model):
-            yield layers
-    finally:
-        for p, needed in weights:
-            p.requires_grad_(needed)
+    return layers, strange
 
 
-def _forward(
-    model: nn.Module, loss: Loss, inputs: Any, layers: dict[str, nn.Module]
-) -> tuple[Tensor, dict[str, tuple[Tensor, GradientEdge]]]:
-    """The outputs, and for each layer its input and the place of its output in the graph.
-
-    An edge, not the tensor: a following op in place would put its own gradient there.
-    """
-    seen: dict[str, tuple[Tensor, GradientEdge]] = {}
-
-    def keep(name: str, _: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
-        if name in seen:
-            raise HapError(f"curvature: {name} is called twice in one pass; per-sample gradients of shared weights mix")
-        seen[name] = (first_tensor(args, kwargs).detach(), get_gradient_edge(y))
-
-    handles = [m.register_forward_hook(partial(keep, name), with_kwargs=True) for name, m in layers.items()]
-    try:
-        return loss.call(model, inputs), seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _chunks(batches: Batches, size: int) -> Iterator[tuple[Any, Tensor]]:
-    for inputs, targets in batches:
-        for first in range(0, len(targets), size):
-            part = slice(first, first + size)
-            yield tree_map(lambda t, part=part: t[part] if isinstance(t, Tensor) else t, inputs), targets[part]
-
-
-def _rademacher(like: Tensor, rng: torch.Generator) -> Tensor:
-    # drawn where the generator lives, so that a seed means the same on every device
-    return torch.randint(0, 2, like.shape, generator=rng, device=rng.device).to(like).mul_(2).sub_(1)
+def _full(layer: str, own: str) -> str:
+    return f"{layer}.{own}".removeprefix(".")  # the model itself is nameless

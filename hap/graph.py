@@ -1,9 +1,9 @@
 """What autograd's record of a forward pass says: is it piecewise linear in each weight, is a weight used twice."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
@@ -17,7 +17,7 @@ PIECEWISE_LINEAR = frozenset(
     "UpsampleNearest2D UpsampleBilinear2D Alias ToCopy".split()
 )
 # linear as long as only one factor is more than a parameter
-BILINEAR = frozenset({"Convolution", "Addmm", "Mm", "Mul", "Div", "Bmm"})
+BILINEAR = frozenset({"Convolution", "Addmm", "Mm", "Mul", "Div", "Bmm", "Addcmul"})
 
 
 def piecewise_linear(outputs: Tensor) -> bool:
@@ -45,13 +45,28 @@ def _graph(outputs: Tensor) -> Iterator[Node]:
             stack += [following for following, _ in node.next_functions]
 
 
-def refuse_shared(outputs: Tensor, layers: Mapping[str, nn.Module]) -> None:
-    """The square of a sum is not the sum of squares: each weight must be used once."""
-    names = {layer.get_parameter("weight"): name for name, layer in layers.items()}
+def sources(outputs: Tensor, nodes: Iterable[Node]) -> list[Node]:
+    """Those of the nodes in the record from which no other of them is reached: a pass to them passes all."""
+    wanted, reaches, stack = set(nodes), dict[Node, bool](), list(filter(None, [outputs.grad_fn]))
+    while stack:
+        node = stack[-1]
+        following = [f for f, _ in node.next_functions if f is not None]
+        ahead = [f for f in following if f not in reaches]
+        if not ahead:
+            reaches[node] = any(f in wanted or reaches[f] for f in following)
+            stack.pop()
+        stack += ahead
+    return [node for node in wanted if reaches.get(node) is False]
+
+
+def refuse_shared(outputs: Tensor, params: Mapping[str, Tensor]) -> None:
+    """The square of a sum is not the sum of squares: each parameter must be used once."""
+    names = {parameter: name for name, parameter in params.items()}
     used = Counter(getattr(f, "variable", None) for node in _graph(outputs) for f, _ in node.next_functions)
-    for weight, name in names.items():
-        if used[weight] > 1:
-            raise HapError(f"curvature: the weight of {name} is used {used[weight]} times in one pass, not once")
+    for parameter, name in names.items():
+        if used[parameter] > 1:
+            layer, _, own = name.rpartition(".")
+            raise HapError(f"curvature: the {own} of {layer} is used {used[parameter]} times in one pass, not once")
 
 
 def _is_parameter(node: Node) -> bool:

@@ -1,8 +1,9 @@
 """Losses that know their Hessian in the model's outputs, which is all that `hap.curvature` must know of them."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,13 @@ from hap import HapError
 from hap.layers import Call, forward
 
 Batches = Iterable[Any]  # of (inputs, targets)
+
+
+class Columns(NamedTuple):
+    """Vectors s with sum_c s_c s_c^T the Hessian in the outputs; of one that was drawn, in expectation."""
+
+    vectors: Float[Tensor, "columns batch outputs"]
+    drawn: bool  # whether the last was, for all that the others leave out
 
 
 @runtime_checkable
@@ -32,16 +40,22 @@ class Loss(Protocol):
     def mass(self, targets: Tensor, /) -> Tensor:
         """What the sum is divided by to give the mean."""
 
-    def columns(self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None, /) -> Tensor:
-        """Vectors s [columns, batch, outputs] with sum_c s_c s_c^T the Hessian of the summed loss of each sample."""
+    def columns(self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None, /) -> Columns:
+        """What the Hessian of the summed loss of each sample is made of: all, or k and one drawn for the rest."""
+
+    def enough(self, outputs: Tensor, targets: Tensor, share: float, /) -> int:
+        """The least k whose columns leave at most about `share` of the trace to the draw."""
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
     """Softmax cross-entropy of `call(model, inputs)` and class indices, in nats, with torch's smoothing and weights.
 
-    The Hessian in the logits of a sample is a (diag(p) - p p^T) = a sum_c p_c (e_c - p)(e_c - p)^T, where a is the
-    total weight of the sample's targets.
+    The Hessian in the logits of a sample is a (diag(p) - p p^T), where a is the total weight of the sample's targets:
+    the covariance of a class drawn from p. It is a sum of squares over the classes in any order, each against the mean
+    of those that follow it: with r_c the probability of class c and of all that follow, and m_c the mean of e over
+    those that follow alone, a sum_c p_c r_{c+1} / r_c (e_c - m_c)(e_c - m_c)^T. The last class has none after it, so
+    there is one column less than classes; the likeliest first, what k columns leave is as small as it can be.
     """
 
     call: Call = forward
@@ -62,31 +76,54 @@ class CrossEntropy:
         """The number of samples, or the sum of their class weights."""
         return torch.ones_like(targets).sum() if self.weight is None else self.weight.to(targets.device)[targets].sum()
 
-    def columns(
-        self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None
-    ) -> Float[Tensor, "columns batch classes"]:
-        """One vector a class, or one for each of a sample's k likeliest classes and one drawn from the rest.
+    def columns(self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None) -> Columns:
+        """One column for each class but one; or for each of a sample's k likeliest and one drawn from the rest.
 
-        The drawn one stands for all the others: class c with probability p_c / r, scaled by sqrt(r), where r is the
-        probability that is left; its square is unbiased.
+        The drawn one stands for all the others: e_c less their mean, with the probability that c has among them,
+        scaled by the root of the probability they have together; its square is unbiased.
         """
         _check(outputs, targets)
-        if k is not None and (k < 0 or rng is None):
-            raise HapError(
-                f"columns: a count of at least 0, and a generator to draw with, expected; found {k} and {rng}"
-            )
-        p = outputs.softmax(-1)
-        share, order = p.sort(-1, descending=True)
-        if k is not None and k < p.shape[-1] - 1:
-            rest = share[:, k:].clamp_min(torch.finfo(p.dtype).tiny)
-            assert rng is not None
-            drawn = torch.multinomial(rest.to(rng.device), 1, generator=rng).to(order.device)
-            order = torch.cat([order[:, :k], order[:, k:].gather(1, drawn)], 1)
-            share = torch.cat([share[:, :k], rest.sum(1, keepdim=True)], 1)
+        _check_count(k, rng)
+        classes = outputs.shape[-1]
+        p, order = outputs.softmax(-1).sort(-1, descending=True)
+        r = p.flip(-1).cumsum(-1).flip(-1).clamp_min(torch.finfo(p.dtype).tiny)
+        drawn = k is not None and k < classes - 2
+        count = k if drawn and k is not None else classes - 1
+        later = p[:, None] / r[:, 1 : count + 1, None] * torch.ones_like(p[0]).expand(count, -1).triu(1)
+        vectors = (p * F.pad(r[:, 1:], (0, 1)) / r)[:, :count, None].sqrt() * (torch.eye(count, classes).to(p) - later)
+        if drawn:
+            rest = F.pad(p[:, count:], (count, 0)) / r[:, count, None]
+            one = F.one_hot(_draw(rest, rng), classes) - rest
+            vectors = torch.cat([vectors, r[:, count, None, None].sqrt() * one[:, None]], 1)
         weight = torch.ones_like(p[0]) if self.weight is None else self.weight.to(p)
         a = (1 - self.label_smoothing) * weight[targets] + self.label_smoothing * weight.mean()
-        vectors = F.one_hot(order.T, p.shape[-1]).to(p) - p
-        return vectors * (share * a[:, None]).sqrt().T[..., None]
+        vectors = vectors * a.sqrt()[:, None, None]
+        placed = torch.zeros_like(vectors).scatter(-1, order[:, None].expand_as(vectors), vectors)
+        return Columns(placed.transpose(0, 1), drawn)
+
+    def enough(self, outputs: Tensor, targets: Tensor, share: float) -> int:
+        """The least k for which the columns left out have at most half of `share` of the trace in the outputs.
+
+        Half, for the trace in the weights is not shared out as that in the outputs is.
+        """
+        p = outputs.detach().softmax(-1).double().sort(-1, descending=True).values
+        r, squares = (t.flip(-1).cumsum(-1).flip(-1) for t in (p, p.square()))
+        left = (r - squares / r.clamp_min(1e-300)).sum(0)
+        return int((left > share / 2 * left[0]).sum())
+
+
+def _draw(weights: Float[Tensor, "batch outputs"], rng: torch.Generator | None) -> Tensor:
+    """One index a sample, as likely as its weight."""
+    assert rng is not None
+    below = weights.double().cumsum(1)
+    # drawn where the generator lives, so that a seed means the same on every device; nothing comes back from it
+    u = torch.rand(len(weights), 1, generator=rng, device=rng.device, dtype=torch.float64).to(below.device)
+    return (below <= u * below[:, -1:]).sum(1).clamp_max(weights.shape[1] - 1)
+
+
+def _check_count(k: int | None, rng: torch.Generator | None) -> None:
+    if k is not None and (k < 0 or rng is None):
+        raise HapError(f"columns: a count of at least 0, and a generator to draw with, expected; found {k} and {rng}")
 
 
 def _check(outputs: Any, targets: Tensor) -> None:
@@ -120,10 +157,18 @@ class SquaredError:
         """The number of elements."""
         return torch.ones_like(targets).sum()
 
-    def columns(
-        self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None
-    ) -> Float[Tensor, "columns batch outputs"]:
-        """Unit vectors times sqrt 2, whatever k: no output matters more than another."""
+    def columns(self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None) -> Columns:
+        """Unit vectors times sqrt 2; with k, those of the first k outputs, and of one drawn from the rest."""
         _check_outputs(outputs)
+        _check_count(k, rng)
         n, outs = outputs.shape
-        return 2**0.5 * torch.eye(outs).to(outputs)[:, None].expand(outs, n, outs)
+        vectors = 2**0.5 * torch.eye(outs).to(outputs)[:, None].expand(outs, n, outs)
+        if k is None or k >= outs - 1:
+            return Columns(vectors, False)
+        drawn = _draw(F.pad(torch.ones(n, outs - k), (k, 0)).to(outputs), rng)
+        one = (2 * (outs - k)) ** 0.5 * F.one_hot(drawn, outs).to(outputs)
+        return Columns(torch.cat([vectors[:k], one[None]]), True)
+
+    def enough(self, outputs: Tensor, targets: Tensor, share: float) -> int:
+        """All but a share of the outputs, for none matters more than another."""
+        return math.ceil((1 - share) * outputs.shape[-1])

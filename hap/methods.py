@@ -3,19 +3,26 @@
 (model, loss, batches, groups, *, rng, **options) -> scores. Nothing here knows budgets or surgery.
 """
 
+import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hap import HapError
-from hap.curvature import exact, hutchinson, measuring
+from hap.curvature import exact
 from hap.groups import Groups
 from hap.layers import weight_of
 from hap.losses import Batches, Loss
+from hap.measuring import measuring
+from hap.probes import hutchinson
+from hap.tally import Curvature
 
 Scores = Float[Tensor, "groups"]
+Pruned = Callable[[Tensor], Tensor]  # which groups the budget would prune by these scores
+DETERMINED = 0.95  # of what is pruned, on which two halves of the probes must agree
 
 
 def hessian_trace(
@@ -27,21 +34,58 @@ def hessian_trace(
     rng: torch.Generator,
     curvature: Literal["exact", "hutchinson"] = "exact",
     columns: int | None = None,
+    share: float | None = None,
     probes: int = 300,
+    block: bool = False,
+    confidence: float | None = None,
+    pruned: Pruned | None = None,
+    halves: Callable[[Tensor], object] | None = None,
 ) -> Scores:
     """The loss that dropping a group costs to second order, its block of H replaced by its mean curvature.
 
-    s = Tr(H_pp) / (2 p) * ||w_p||^2, with p the number of weights of the group [Yu22, sec. 3]. `columns` as in
-    `exact`; `probes` as in `hutchinson`. # upstream: 3 probes by default, and no 1/2, which changes no ranking.
+    s = Tr(H_pp) / (2 p) * ||w_p||^2, with p the number of weights of the group [Yu22, sec. 3]. `columns` and `share`
+    as in `exact`; `probes` and `block` as in `hutchinson`. `pruned`: what the chosen budget prunes by given scores; a
+    warning where the even and the odd probes do not agree on it, and with `confidence` no more probes once they agree
+    on this share. `halves`: takes the scores of either half instead of the warning. # upstream: 3 probes by default,
+    and no 1/2, which changes no ranking.
     """
+    scale = groups.reduce(_weights(model, groups, lambda w: w.square())) / (2 * _size(model, groups))
     if curvature == "exact":
-        trace = exact(model, loss, batches, groups, columns=columns, rng=rng).trace
+        found = exact(model, loss, batches, groups, columns=columns, share=share, rng=rng, per="row")
     elif curvature == "hutchinson":
-        trace = hutchinson(model, loss, batches, groups, probes=probes, rng=rng).trace
+        until = _agreeing(scale, pruned, confidence)
+        found = hutchinson(model, loss, batches, groups, probes=probes, rng=rng, block=block, until=until)
     else:
         raise HapError(f"hessian_trace: curvature 'exact' or 'hutchinson' expected, found {curvature!r}")
-    assert trace is not None
-    return trace / (2 * _size(model, groups)) * groups.reduce(_weights(model, groups, lambda w: w.square()))
+    assert found.trace is not None
+    if found.halves is not None and halves is not None:
+        halves(found.halves * scale)
+    elif found.halves is not None and pruned is not None:
+        agreed = agree(*(pruned(half * scale) for half in found.halves))
+        if agreed < (confidence or DETERMINED):
+            warnings.warn(
+                f"hessian_trace: {found.probes} probes do not determine what is pruned: their halves agree on "
+                f"{agreed:.0%} of it",
+                stacklevel=2,
+            )
+    return found.trace * scale
+
+
+def agree(one: Bool[Tensor, "groups"], other: Bool[Tensor, "groups"]) -> float:
+    """The share of the larger of two sets that is in the other too."""
+    return float((one & other).sum() / torch.maximum(one.sum(), other.sum()).clamp_min(1))
+
+
+def _agreeing(scale: Scores, pruned: Pruned | None, confidence: float | None) -> Callable[[Curvature], bool] | None:
+    if confidence is None:
+        return None
+    if not 0 < confidence < 1 or pruned is None:
+        raise HapError(f"hessian_trace: confidence in 0 to 1 and what is pruned expected, found {confidence}, {pruned}")
+
+    def enough(found: Curvature) -> bool:
+        return found.halves is not None and agree(*(pruned(half * scale) for half in found.halves)) >= confidence
+
+    return enough
 
 
 def magnitude(

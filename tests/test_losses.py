@@ -39,51 +39,67 @@ def dense(loss, outputs, targets):
 @pytest.mark.parametrize("name", LOSSES)
 def test_columns_are_a_root_of_the_hessian_in_the_outputs(name):
     loss, outputs, targets = setting(name)
-    columns = loss.columns(outputs, targets, None, None)
+    columns = loss.columns(outputs, targets, None, None).vectors
+    assert len(columns) == (4 if name == "squared" else 3)
     assert torch.allclose(torch.einsum("cni,cnj->nij", columns, columns), dense(loss, outputs, targets), atol=1e-14)
     assert isinstance(loss, Loss)
 
 
-@pytest.mark.parametrize("k", [0, 1, 2])
-@pytest.mark.parametrize("name", ["plain", "both"])
+@pytest.mark.parametrize(
+    ("name", "k"), [("plain", 0), ("plain", 1), ("both", 0), ("both", 1), ("squared", 0), ("squared", 2)]
+)
 def test_some_columns_and_one_drawn_are_the_hessian_on_average(name, k):
     """Within five standard errors over 4,000 draws; a bias below a hundredth of the Hessian passes."""
     loss, outputs, targets = setting(name)
     rng, many = torch.Generator().manual_seed(k), 4000
-    columns = loss.columns(outputs.repeat(many, 1), targets.repeat(many), k, rng)
+    columns, drawn = loss.columns(outputs.repeat(many, 1), targets.repeat(many, *[1] * (targets.dim() - 1)), k, rng)
     assert len(columns) == k + 1
+    assert drawn
     found = torch.einsum("cni,cnj->nij", columns, columns).reshape(many, 6, 4, 4)
     error = found.std(0) / many**0.5
     assert ((found.mean(0) - dense(loss, outputs, targets)).abs() <= 5 * error + 1e-12).all()
 
 
-@pytest.mark.parametrize("k", [3, 4, 9])
-def test_nothing_is_drawn_when_one_class_is_left(k):
-    loss, outputs, targets = setting("plain")
+@pytest.mark.parametrize(("name", "k"), [("plain", 2), ("plain", 3), ("plain", 9), ("squared", 3), ("squared", 4)])
+def test_nothing_is_drawn_when_two_classes_or_one_output_are_left(name, k):
+    loss, outputs, targets = setting(name)
     rng = torch.Generator().manual_seed(0)
     before = rng.get_state()
     found = loss.columns(outputs, targets, k, rng)
-    assert torch.equal(found, loss.columns(outputs, targets, None, None))
+    assert not found.drawn
+    assert torch.equal(found.vectors, loss.columns(outputs, targets, None, None).vectors)
     assert torch.equal(before, rng.get_state())
 
 
-def test_the_likeliest_classes_come_first():
+def test_the_likeliest_classes_come_first_each_against_the_mean_of_those_that_follow():
     loss, outputs, targets = setting("plain")
     p = outputs.softmax(1)
-    first = loss.columns(outputs, targets, 1, torch.Generator().manual_seed(0))[0]
-    likeliest = F.one_hot(p.argmax(1), 4) - p
-    assert torch.allclose(first, likeliest * p.amax(1, keepdim=True).sqrt())
+    one, two = loss.columns(outputs, targets, None, None).vectors[:2]
+    top = F.one_hot(p.argmax(1), 4)
+    rest = p * (1 - top)
+    left = rest.sum(1, keepdim=True)
+    assert torch.allclose(one, (top - rest / left) * (p.amax(1, keepdim=True) * left).sqrt())
+    assert ((two * top).abs() < 1e-15).all()
+
+
+@pytest.mark.parametrize(("classes", "share"), [(10, 0.3), (10, 0.01), (100, 0.1)])
+def test_enough_columns_leave_at_most_half_the_share_of_the_trace(classes, share):
+    outputs = 3 * torch.randn(20, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = torch.zeros(20, dtype=torch.long)
+    vectors = CrossEntropy().columns(outputs, targets, None, None).vectors
+    taken = vectors.square().sum((1, 2)).cumsum(0) / vectors.square().sum()
+    k = CrossEntropy().enough(outputs, targets, share)
+    assert taken[k - 1] >= 1 - share / 2 > taken[k - 2]
+    assert SquaredError().enough(outputs, targets, share) == round(classes * (1 - share))
 
 
 def test_a_sample_without_doubt_draws_nothing_that_is_not_finite():
-    columns = CrossEntropy().columns(torch.tensor([[1e4, 0, 0, 0]]), torch.tensor([0]), 1, torch.Generator())
-    assert columns.isfinite().all()
-    assert columns.square().sum() < 1e-12
-
-
-def test_squared_error_has_a_column_for_each_output_whatever_is_asked():
-    loss, outputs, targets = setting("squared")
-    assert torch.equal(loss.columns(outputs, targets, 1, None), loss.columns(outputs, targets, None, None))
+    for k in (0, 1, None):
+        columns = (
+            CrossEntropy().columns(torch.tensor([[1e4, 0, 0, 0]]), torch.tensor([0]), k, torch.Generator()).vectors
+        )
+        assert columns.isfinite().all()
+        assert columns.square().sum() < 1e-12
 
 
 @pytest.mark.parametrize("name", LOSSES)

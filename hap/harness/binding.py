@@ -20,9 +20,11 @@ Role = tuple[tuple[str, ...], tuple[str, ...]]
 ROLES: dict[str, Role] = {
     "task": (("seed",), ()),
     "score": (("model", "loss", "batches", "groups"), ("rng",)),
+    "reference": (("model", "loss", "batches", "groups"), ("rng",)),
     "method": (("task", "groups", "budget"), ("rng",)),
     "implant": (("module", "rows", "inputs"), ()),
 }
+OFFERED = {"pruned", "halves"}  # what a caller hands over to a function that asks for it
 
 
 class Strict(BaseModel):
@@ -104,7 +106,7 @@ def _bind(where: str, function: Callable[..., Any], role: Role, table: dict[str,
     except ValueError as error:  # some builtins have none
         raise wrong(where, str(error)) from None
     names = [name for name, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    options = [name for name in names[len(positional) :] if name not in keywords]
+    options = [name for name in names[len(positional) :] if name not in {*keywords, *OFFERED}]
     open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
     for name, value in table.items():
         if name not in options and not (open_ended and name not in names):

@@ -183,6 +183,9 @@ def _progress(name: str, total: int) -> Iterator[Callable[[str], Any]]:
                 _say(where)
 
             def say(event: Any) -> None:
+                if str(event).startswith("warning: "):
+                    _say(f"{where}: {event}")
+                    return
                 part = getattr(event, "fraction", None) or 0.0
                 bar.update(task, description=f"{name}: {what}, {event}", completed=done + 0.99 * part)
 

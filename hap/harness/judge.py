@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from hap.harness.run import Run
-from hap.harness.spec import Claim
+from hap.harness.spec import STAGELESS, Claim
 
 Runs = Mapping[str, Sequence[Run]]
 
@@ -62,7 +62,7 @@ def describe(claim: Claim) -> str:
     """The comparison of a claim in symbols."""
     band = f" ± {claim.tolerance:g}" if claim.tolerance else ""
     against = f" - {claim.against}" if claim.against else ""
-    stage = "" if claim.metric in _COSTS else f" {claim.stage}"
+    stage = "" if claim.metric in STAGELESS else f" {claim.stage}"
     return f"{claim.metric}{stage} of {claim.case}{against} {claim.op} {claim.value:g}{band}"
 
 
@@ -83,6 +83,8 @@ def value(run: Run, claim: Claim) -> float:
     """The number of one run that a claim is about."""
     if claim.metric in _COSTS:
         return _COSTS[claim.metric](run.cost["dense"], run.cost["pruned"])
+    if claim.metric in STAGELESS:
+        return run.metrics["ranking"][claim.metric]
     if claim.metric == "drop":
         return run.metrics["dense"]["accuracy"] - run.metrics[claim.stage]["accuracy"]
     return run.metrics[claim.stage][claim.metric]
@@ -121,6 +123,8 @@ def _certain(claim: Claim, runs: list[Run]) -> bool:
     """Whether a quantity is free of chance: counted, or equal over seeds to the rounding of its loss."""
     if claim.metric in _COSTS:
         return claim.metric != "speedup"
+    if claim.metric in STAGELESS:
+        return False
     # accuracy is a count and agrees by luck; a loss that agrees to rounding does not
     stages = {claim.stage, "dense"} if claim.metric == "drop" else {claim.stage}
     losses = [[run.metrics[stage]["loss"] for run in runs] for stage in stages]

@@ -15,6 +15,7 @@ from hap.cost import latency, macs, params
 from hap.groups import Groups, couple
 from hap.harness.binding import Ref
 from hap.harness.provenance import code, environment
+from hap.harness.scoring import Scoring, dense
 from hap.harness.spec import Case
 from hap.harness.tasks import Task
 from hap.harness.training import Curve, Event, Say, State, fit, generator, silent, snapshot, threads
@@ -45,7 +46,8 @@ def run(case: Case, seed: int, *, say: Say = silent) -> "Run":
         with clock("trace"):
             groups = couple(task.model, trace(task.model, task.example, call=task.loss.call), case.coupling)
             check_groups(task.model, task.example, groups, call=task.loss.call, trials=2)
-        prune = one_shot(_bound(case.score), _bound(case.implant), clock) if case.score else _bound(case.method)
+        score = Scoring(case, seed, say)
+        prune = one_shot(score, _bound(case.implant), clock) if case.score else _bound(case.method)
         with clock("prune"):
             pruned, chosen = prune(task, groups, case.budget, rng=generator(seed, "prune"))
         before = snapshot(pruned)
@@ -53,8 +55,12 @@ def run(case: Case, seed: int, *, say: Say = silent) -> "Run":
             rng = generator(seed, "finetune")
             curve = fit(pruned, task, case.finetune, rng=rng, say=clock.during) if case.finetune else Curve([], [])
         with clock("evaluate"):
-            metrics, epochs = examine(task, pruned, before, curve)
+            whole = dense(case, seed, lambda: task.evaluate(task.model, "test"))
+            metrics, epochs = examine(task, whole, pruned, before, curve)
             cost = {"dense": _cost(task.model, task), "pruned": _cost(pruned, task)}
+            metrics |= {"ranking": score.ranking} if score.ranking else {}
+            if score.seconds:
+                clock.seconds["score"] = score.seconds[0]  # also where it was remembered
         where = environment(task.example.device)
     return Run(
         spec=case.spec,
@@ -71,6 +77,7 @@ def run(case: Case, seed: int, *, say: Say = silent) -> "Run":
         code=code(),
         data=asdict(task.data),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        warnings=score.warnings,
     )
 
 
@@ -93,10 +100,9 @@ def one_shot(score: Callable[..., Any], implant: Any = None, clock: "Clock | Non
 
 
 def examine(
-    task: Task, pruned: nn.Module, before: State, curve: Curve
+    task: Task, dense: dict[str, float], pruned: nn.Module, before: State, curve: Curve
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
     """The stages and the epochs on the test set, which is looked at here and nowhere else, after all is decided."""
-    dense = task.evaluate(task.model, "test")
     one, *tested = [task.evaluate(_restored(pruned, state), "test") for state in (before, *curve.snapshots)]
     metrics = {"dense": dense, "one_shot": one, "selected": one, "last": one, "best_test_epoch": one}
     if tested:
@@ -116,7 +122,7 @@ class Run:
     key: str
     seed: int
     config: dict[str, Any]  # the whole case, as in the spec
-    metrics: dict[str, dict[str, float]]  # dense, one_shot, selected, last, best_test_epoch; all on the test set
+    metrics: dict[str, dict[str, float]]  # dense, one_shot, selected, last, best_test_epoch on the test set; ranking
     epochs: list[dict[str, Any]]
     plan: dict[str, Any]
     cost: dict[str, dict[str, Any]]  # dense, pruned
@@ -125,6 +131,7 @@ class Run:
     code: dict[str, Any]
     data: dict[str, Any]
     created: str  # UTC
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

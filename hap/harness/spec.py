@@ -23,7 +23,8 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Coupling = Literal["tied", "union"]
-Metric = Literal["accuracy", "loss", "drop", "params_pruned", "macs_pruned", "speedup"]
+Metric = Literal["accuracy", "loss", "drop", "params_pruned", "macs_pruned", "speedup", "spearman", "overlap"]
+STAGELESS = ("params_pruned", "macs_pruned", "speedup", "spearman", "overlap")
 Stage = Literal["dense", "one_shot", "selected", "last", "best_test_epoch"]
 Tier = Literal["quick", "cpu", "gpu"]
 Table = Annotated[dict[str, Any] | None, BeforeValidator(lambda given: None if given is False else given)]
@@ -37,6 +38,7 @@ class Case(Strict):
     task: Ref
     score: Ref | None = None
     method: Ref | None = None
+    reference: Ref | None = None  # the score that the case's own is compared with
     coupling: Coupling = "union"
     implant: Ref | None = None
     budget: InstanceOf[Budget]
@@ -45,7 +47,7 @@ class Case(Strict):
     @property
     def decides(self) -> dict[str, Any]:
         """Everything that decides the result but the seed, JSON-able; switches that are off are left out."""
-        parts = {name: getattr(self, name) for name in ("task", "score", "method", "coupling", "implant")}
+        parts = {name: getattr(self, name) for name in ("task", "score", "method", "reference", "coupling", "implant")}
         parts = {name: part.model_dump() if isinstance(part, Ref) else part for name, part in parts.items()}
         for name, part in (("budget", self.budget), ("finetune", self.finetune)):
             # a switch that a later version adds, and that is off, must not orphan the evidence of today
@@ -97,6 +99,7 @@ class _CaseTable(Strict):
     task: Spelled = None
     score: Spelled = None
     method: Spelled = None
+    reference: Spelled = None
     coupling: Coupling = "union"
     implant: Spelled = None
     budget: dict[str, Any] | None = None
@@ -109,6 +112,7 @@ class _File(Strict):
     tier: Tier
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     task: Spelled = None
+    reference: Spelled = None
     finetune: Table = None
     cases: Annotated[dict[Name, _CaseTable], Field(min_length=1)]
     claims: tuple[Claim, ...] = ()
@@ -173,9 +177,11 @@ def _claim(where: str, claim: Claim, cases: dict[str, Case]) -> None:
     for field, case in (("case", claim.case), ("against", claim.against)):
         if case is not None and case not in cases:
             raise wrong(f"{where}.{field}", f"must be a case of this spec, one of {', '.join(cases)}", case)
+    if claim.metric in ("spearman", "overlap") and cases[claim.case].reference is None:
+        raise wrong(f"{where}.metric", "needs a case with a reference", claim.metric)
     if claim.against == claim.case:
         raise wrong(f"{where}.against", "must be another case", claim.against)
-    if "stage" in claim.model_fields_set and claim.metric in ("params_pruned", "macs_pruned", "speedup"):
+    if "stage" in claim.model_fields_set and claim.metric in STAGELESS:
         raise wrong(f"{where}.stage", f"means nothing for {claim.metric}", claim.stage)
 
 
@@ -197,7 +203,8 @@ def _inherit(name: str, cases: dict[str, _CaseTable], heirs: tuple[str, ...] = (
 
 def _expand(spec: str, name: str, file: _File) -> Iterator[Case]:
     where = f"cases.{name}"
-    given = {"task": ("task", file.task), "finetune": ("finetune", file.finetune)} | _inherit(name, file.cases)
+    shared = {field: (field, getattr(file, field)) for field in ("task", "reference", "finetune")}
+    given = shared | _inherit(name, file.cases)
     parts: dict[str, Any] = {field: value for field, (_, value) in given.items() if value is not None}
     for needed in ("task", "budget"):
         if needed not in parts:
@@ -215,6 +222,8 @@ def _expand(spec: str, name: str, file: _File) -> Iterator[Case]:
 
 
 def _implanted(where: str, case: Case) -> None:
+    if case.method is not None and case.reference is not None:
+        raise wrong(f"{where}.reference", "a method has no scores to compare", case.reference.use)
     if case.method is not None and case.implant is not None:
         raise wrong(f"{where}.implant", "a method brings its own implants", case.implant.use)
     if case.score is not None and (case.budget.implant > 0) != (case.implant is not None):

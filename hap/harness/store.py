@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -107,7 +107,8 @@ def _read(content: bytes) -> Run:
         raise wrong("file", "must be JSON", str(error)) from None
     if not isinstance(table, dict) or table.get("schema") != Run.schema:
         raise wrong("schema", f"must be {Run.schema}", table.get("schema") if isinstance(table, dict) else table)
-    if unknown := table.keys() ^ {field.name for field in fields(Run)}:
+    needed = {field.name for field in fields(Run) if field.default_factory is MISSING}
+    if unknown := (table.keys() - {field.name for field in fields(Run)}) | (needed - {"schema"} - table.keys()):
         raise wrong("fields", "must be exactly those of a Run", sorted(unknown))
     try:
         run = TypeAdapter(Run).validate_json(content, strict=True)

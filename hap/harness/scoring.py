@@ -1,0 +1,110 @@
+"""A score at work in a run: what it is offered, what it warns of, and how its ranking compares with a reference's.
+
+Within a process the scores of a task, a score and a seed are remembered, and what the dense model reaches, for cases
+that differ in their budget share them; scores that asked what the budget prunes are not.
+"""
+
+import inspect
+import json
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hap.groups import Groups
+from hap.harness.binding import Ref
+from hap.harness.spec import Case
+from hap.harness.training import Event, Say, generator
+from hap.methods import DETERMINED, agree
+from hap.plan import Fate, plan
+
+
+class Scored(NamedTuple):
+    """What a score gave."""
+
+    scores: Tensor
+    halves: Tensor | None  # [2, groups], by either half of its random draws
+    warnings: list[str]
+    seconds: float
+
+
+_KNOWN: dict[str, Any] = {}
+
+
+def dense(case: Case, seed: int, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What the dense model of a task reaches; it is the same for all cases that prune it."""
+    key = json.dumps(["dense", case.task.model_dump(), seed], sort_keys=True)
+    known: dict[str, float] = _KNOWN.get(key) or _KNOWN.setdefault(key, evaluate())
+    return known
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The score of a case as `plan` needs it; afterwards, what is to be told of it."""
+
+    case: Case
+    seed: int
+    say: Say
+    warnings: list[str] = field(default_factory=list)
+    ranking: dict[str, float] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+
+    def __call__(self, model: nn.Module, loss: Any, batches: Any, groups: Groups, *, rng: torch.Generator) -> Tensor:
+        """The scores; a warning where they are too noisy for the budget; their ranking where there is a reference."""
+        assert self.case.score is not None
+        scored = self._scored(self.case.score, model, loss, batches, groups, rng)
+        self.seconds.append(scored.seconds)
+        self.warnings.extend(scored.warnings)
+        if scored.halves is not None:
+            agreed = agree(*(self._pruned(groups, half) for half in scored.halves))
+            self.ranking["agreement"] = agreed
+            if agreed < DETERMINED:
+                self.warnings.append(f"the two halves of the probes agree on {agreed:.0%} of what is pruned")
+        if self.case.reference is not None:
+            reference = self._scored(
+                self.case.reference, model, loss, batches, groups, generator(self.seed, "reference")
+            )
+            self.ranking.update(self._compared(groups, scored.scores, reference.scores))
+        for line in self.warnings:
+            self.say(Event(f"warning: {line}"))
+        return scored.scores
+
+    def _scored(self, ref: Ref, model: nn.Module, loss: Any, batches: Any, groups: Groups, rng: Any) -> Scored:
+        key = json.dumps([self.case.task.model_dump(), ref.model_dump(), self.case.coupling, self.seed], sort_keys=True)
+        if key in _KNOWN:
+            known: Scored = _KNOWN[key]
+            return known
+        asked, halves = list[Tensor](), list[Tensor]()
+
+        def pruned(scores: Tensor) -> Tensor:
+            asked.append(scores)
+            return self._pruned(groups, scores)
+
+        function, start = ref.load(), time.perf_counter()
+        offered = {"pruned": pruned, "halves": halves.append}
+        given = {name: each for name, each in offered.items() if name in inspect.signature(function).parameters}
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            scores = function(model, loss, batches, groups, rng=rng, **given, **ref.options)
+        lines = [" ".join(str(each.message).split()) for each in heard if issubclass(each.category, UserWarning)]
+        found = Scored(scores, halves[0] if halves else None, lines, time.perf_counter() - start)
+        if not asked:
+            _KNOWN[key] = found
+        return found
+
+    def _pruned(self, groups: Groups, scores: Tensor) -> Tensor:
+        return plan(groups, scores, self.case.budget).fates(groups) != int(Fate.KEEP)
+
+    def _compared(self, groups: Groups, scores: Tensor, reference: Tensor) -> dict[str, float]:
+        from scipy.stats import spearmanr
+
+        return {
+            "spearman": float(spearmanr(scores.cpu().numpy(), reference.cpu().numpy()).statistic),
+            "overlap": agree(self._pruned(groups, scores), self._pruned(groups, reference)),
+            "negative": float((scores < 0).sum()),
+            "groups": float(len(groups)),
+        }
