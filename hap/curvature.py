@@ -28,7 +28,7 @@ from hap.probes import hutchinson
 from hap.tally import Curvature, Tally, join
 
 KNOWN = "nn.Linear, nn.Conv1d, nn.Conv2d, BatchNorm and nn.LayerNorm"
-MEMORY = {"cpu": 2**27}  # bytes: on a CPU what is held should not be far from the cache
+MEMORY = {"cpu": 2**28}  # bytes: on a CPU what is held should not be far from the cache
 MEMORY_ELSEWHERE = 2**31
 
 
@@ -59,6 +59,8 @@ def exact(
     """
     _check(columns, share, rng, memory)
     layers, strange = _sort(model, of, unknown)
+    if strange and rng is None:
+        raise HapError(f"exact: a generator expected for the probes of {strange[0]}, found None")
     if strange and not isinstance(batches, Sequence):
         batches = list(batches)  # they are read twice
     tally, size = Tally(groups), 0
@@ -74,10 +76,8 @@ def exact(
     found = tally.result()
     if share is not None and found.drawn > share:
         warnings.warn(f"exact: {found.drawn:.3g} of the trace was drawn, not {share:g}; give columns", stacklevel=2)
-    if not strange:
+    if unknown is None or rng is None or not strange:
         return found
-    assert unknown is not None
-    assert rng is not None
     return join(found, hutchinson(model, loss, batches, groups, probes=unknown, rng=rng, names=strange), per)
 
 

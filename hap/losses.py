@@ -89,12 +89,13 @@ class CrossEntropy:
         r = p.flip(-1).cumsum(-1).flip(-1).clamp_min(torch.finfo(p.dtype).tiny)
         drawn = k is not None and k < classes - 2
         count = k if drawn and k is not None else classes - 1
-        later = p[:, None] / r[:, 1 : count + 1, None] * torch.ones_like(p[0]).expand(count, -1).triu(1)
-        vectors = (p * F.pad(r[:, 1:], (0, 1)) / r)[:, :count, None].sqrt() * (torch.eye(count, classes).to(p) - later)
+        one = torch.eye(count, classes, dtype=p.dtype, device=p.device)
+        later = p[:, None] / r[:, 1 : count + 1, None] * torch.ones_like(one).triu(1)
+        vectors = (p * F.pad(r[:, 1:], (0, 1)) / r)[:, :count, None].sqrt() * (one - later)
         if drawn:
             rest = F.pad(p[:, count:], (count, 0)) / r[:, count, None]
-            one = F.one_hot(_draw(rest, rng), classes) - rest
-            vectors = torch.cat([vectors, r[:, count, None, None].sqrt() * one[:, None]], 1)
+            last = _draw(rest, rng) - rest
+            vectors = torch.cat([vectors, r[:, count, None, None].sqrt() * last[:, None]], 1)
         weight = torch.ones_like(p[0]) if self.weight is None else self.weight.to(p)
         a = (1 - self.label_smoothing) * weight[targets] + self.label_smoothing * weight.mean()
         vectors = vectors * a.sqrt()[:, None, None]
@@ -112,13 +113,14 @@ class CrossEntropy:
         return int((left > share / 2 * left[0]).sum())
 
 
-def _draw(weights: Float[Tensor, "batch outputs"], rng: torch.Generator | None) -> Tensor:
-    """One index a sample, as likely as its weight."""
+def _draw(weights: Float[Tensor, "batch outputs"], rng: torch.Generator | None) -> Float[Tensor, "batch outputs"]:
+    """One at an output drawn for each sample, as likely as its weight; zero elsewhere."""
     assert rng is not None
     below = weights.double().cumsum(1)
     # drawn where the generator lives, so that a seed means the same on every device; nothing comes back from it
     u = torch.rand(len(weights), 1, generator=rng, device=rng.device, dtype=torch.float64).to(below.device)
-    return (below <= u * below[:, -1:]).sum(1).clamp_max(weights.shape[1] - 1)
+    index = (below <= u * below[:, -1:]).sum(1, keepdim=True).clamp_max(weights.shape[1] - 1)
+    return torch.zeros_like(weights).scatter(1, index, 1.0)
 
 
 def _check_count(k: int | None, rng: torch.Generator | None) -> None:
@@ -162,11 +164,10 @@ class SquaredError:
         _check_outputs(outputs)
         _check_count(k, rng)
         n, outs = outputs.shape
-        vectors = 2**0.5 * torch.eye(outs).to(outputs)[:, None].expand(outs, n, outs)
+        vectors = 2**0.5 * torch.eye(outs, dtype=outputs.dtype, device=outputs.device)[:, None].expand(outs, n, outs)
         if k is None or k >= outs - 1:
             return Columns(vectors, False)
-        drawn = _draw(F.pad(torch.ones(n, outs - k), (k, 0)).to(outputs), rng)
-        one = (2 * (outs - k)) ** 0.5 * F.one_hot(drawn, outs).to(outputs)
+        one = (2 * (outs - k)) ** 0.5 * _draw(F.pad(torch.ones_like(outputs)[:, k:], (k, 0)), rng)
         return Columns(torch.cat([vectors[:k], one[None]]), True)
 
     def enough(self, outputs: Tensor, targets: Tensor, share: float) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-BYTES = 2**22  # of what is formed per sample at a time: it should stay in the cache
+BYTES = 2**23  # of what is formed per sample at a time: it should stay in the cache
 MIXING = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
 Per = Literal["weight", "row"]

@@ -32,7 +32,7 @@ def _lines(spec, runs) -> dict[str, list]:
     """Method -> the runs of each of its points; a case NAME@50 is a point of the method NAME."""
     lines: dict[str, list] = {}
     for name in spec.cases:
-        if runs.get(name):
+        if runs.get(name) and spec.cases[name].reference is None:  # rankings have figures of their own
             lines.setdefault(name.split("@")[0], []).append(runs[name])
     return lines
 

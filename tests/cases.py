@@ -108,6 +108,32 @@ def multiplied() -> nn.Module:
     )
 
 
+class Branches(nn.Module):
+    """Kernels of several sizes and a pooled branch side by side, as in an inception block, with ReLU6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.point, self.wide = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, (3, 5), padding=(2, 4), dilation=2)
+        self.pooled, self.strided = nn.Conv2d(3, 2, 1, bias=False), nn.Conv2d(9, 4, 3, stride=2)
+        self.norm, self.fc = nn.BatchNorm2d(9), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.point(x), self.wide(x), self.pooled(F.max_pool2d(x, 3, 1, 1))], 1)
+        return self.fc(F.adaptive_avg_pool2d(self.strided(F.relu6(self.norm(x))), 1).flatten(1))
+
+
+def tokens_mixed() -> nn.Module:
+    """Linear layers over tokens, then a layer over their mean."""
+    layers = [nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 7, bias=False), nn.Threshold(0.1, 0.0), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(35, 6), nn.PReLU(6), nn.Linear(6, 5))
+
+
+def sequence_depthwise() -> nn.Module:
+    """A depthwise convolution over a sequence, then a pointwise one."""
+    layers = [nn.Conv1d(3, 6, 1), nn.BatchNorm1d(6), nn.LeakyReLU(0.2), nn.Conv1d(6, 6, 3, groups=6), nn.MaxPool1d(2)]
+    return nn.Sequential(*layers, nn.Conv1d(6, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(20, 5))
+
+
 def _image(size: int = 8) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
@@ -124,6 +150,9 @@ SMALL: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "depthwise": (depthwise, _image),
     "multiplied": (multiplied, _image),
     "dense": (Dense, _image),
+    "branches": (Branches, _image),
+    "tokens": (tokens_mixed, lambda: _sequence(5, 4)),
+    "sequence": (sequence_depthwise, lambda: _sequence(3, 12)),
     "gated": (Gated, _image),
     "attention": (Attention, lambda: _sequence(5, 4)),
     "preresnet": (lambda: nets.preresnet(depth=11, widths=(4, 6, 8)), _image),

@@ -15,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hap import CrossEntropy, HapError, couple, exact, hutchinson, persample, trace
-from hap.graph import piecewise_linear
+from hap.graph import piecewise_linear, sources
+from hap.layers import is_mixing
 from hap.losses import SquaredError
 from hap.persample import positions, squared_gradients
+from hap.tally import merge
 
 STRAIGHT = [name for name in SMALL if name not in ("gated", "attention")]
 DEEP = ("preresnet", "option-a", "option-b")  # their dense Hessians take seconds
@@ -74,7 +77,7 @@ def gap(found, expected):
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [(n, how) for n in STRAIGHT for how in ("plain", "both", "squared") if how == "plain" or n not in DEEP],
+    [(n, how) for n in STRAIGHT for how in ("plain", "both", "squared") if how != "both" or n not in DEEP],
 )
 def test_exact_is_the_diagonal_of_the_dense_hessian(name, how):
     """To 1e-10 of the largest entry of each weight; entries ten orders below it may be wrong."""
@@ -82,13 +85,206 @@ def test_exact_is_the_diagonal_of_the_dense_hessian(name, how):
     loss, batch = losses(how, batch, model)
     found = exact(model, loss, [batch])
     assert found.kind == "exact Hessian diagonal"
-    assert set(found.diagonal) == {f"{n}.weight" for n, m in model.named_modules() if hasattr(m, "kernel_size") or
-                                   isinstance(m, nn.Linear)} - {f"{n}.weight" for n, m in model.named_modules()
-                                   if isinstance(m, nn.MaxPool2d)}  # fmt: skip
+    assert set(found.diagonal) == {f"{n}.weight" for n, m in model.named_modules() if is_mixing(m)}
     for weight, value in found.diagonal.items():
         expected = dense(model, loss, batch, weight).diagonal().reshape(value.shape)
         assert gap(value, expected) < 1e-10, weight
         assert (found.stderr[weight] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["residual", "branches", "sequence", "option-b", "mlp"])
+def test_biases_and_the_affine_weights_of_batchnorm_are_exact_too(name):
+    """Against the dense Hessian; parameters of other modules would be refused."""
+    model, batch = case(name)
+    for module in model.modules():  # scales of one and shifts of zero would hide mistakes
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1, 0.3)
+            nn.init.normal_(module.bias, 0, 0.3)
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    found = exact(model, CrossEntropy(), [batch], of="parameters")
+    assert found.kind == "exact Hessian diagonal"
+    assert set(found.diagonal) == {n for n, _ in model.named_parameters()}
+    weights = exact(model, CrossEntropy(), [batch])
+    for parameter, value in found.diagonal.items():
+        if name == "option-b" and value.dim() > 1:
+            assert torch.allclose(value, weights.diagonal[parameter], rtol=1e-9, atol=1e-15)
+        else:
+            expected = dense(model, CrossEntropy(), batch, parameter).diagonal().reshape(value.shape)
+            assert gap(value, expected) < 1e-10, parameter
+
+
+@pytest.mark.parametrize("columns", [None, 1])
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [(n, "weights") for n in ("residual", "tokens", "attention")]
+    + [(n, "parameters") for n in ("residual", "depthwise", "sequence")],
+)
+def test_a_row_is_the_sum_of_its_weights(name, columns, of):
+    model, batch = case(name)
+    groups = couple(model, trace(model, batch[0]))
+    one, other = (
+        exact(model, CrossEntropy(), [batch], groups, columns=columns, of=of, per=per, rng=seeded())
+        for per in ("weight", "row")
+    )
+    for parameter, value in one.diagonal.items():
+        rows = value if value.dim() == 1 else value.flatten(1).sum(1)
+        assert torch.allclose(other.diagonal[parameter], rows, rtol=1e-9, atol=1e-14)
+    assert torch.allclose(one.trace, other.trace, rtol=1e-9)
+    assert torch.allclose(one.trace_stderr, other.trace_stderr, rtol=1e-9)
+    assert math.isclose(one.drawn, other.drawn, rel_tol=1e-9)
+    assert math.isclose(one.drawn_stderr, other.drawn_stderr, rel_tol=1e-9)
+    weights = exact(model, CrossEntropy(), [batch], groups, columns=columns, rng=seeded())
+    assert torch.allclose(one.trace, weights.trace, rtol=1e-9)  # groups count weights alone
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
+def test_columns_are_chosen_so_that_little_is_drawn(share):
+    """On logits of a trained scale; where they are flat, shares in weights and in outputs can differ."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 20)).double()
+    model[2].weight.data *= 20
+    batch = torch.randn(200, 12, dtype=torch.float64), torch.randint(0, 20, (200,))
+    found = exact(model, CrossEntropy(), [batch], share=share, rng=seeded())
+    whole = exact(model, CrossEntropy(), [batch])
+    assert 0 < found.drawn <= share
+    assert found.backwards < whole.backwards
+    total, truth = (sum(float(v.sum()) for v in f.diagonal.values()) for f in (found, whole))
+    assert abs(total / truth - 1) < 4 * found.drawn_stderr + 1e-9
+    assert found.drawn_stderr < found.drawn
+
+
+def test_a_share_that_is_not_kept_is_warned_of():
+    class Loose(CrossEntropy):
+        def enough(self, outputs, targets, share):
+            return 0
+
+    model, batch = case("mlp", samples=30)
+    with pytest.warns(UserWarning, match=r"exact: 1 of the trace was drawn, not 0.1; give columns"):
+        exact(model, Loose(), [batch], share=0.1, rng=seeded())
+
+
+@pytest.mark.parametrize("measure", [partial(exact, columns=1), partial(hutchinson, probes=5)])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_shards_add_up_to_the_whole(measure, weighted):
+    """As processes would do it: each draws for its own samples, here from one generator in turn."""
+    model, (x, y) = case("residual", samples=9)
+    groups = couple(model, trace(model, x))
+    loss = CrossEntropy(weight=torch.linspace(0.5, 2, 5, dtype=torch.float64) if weighted else None)
+    parts = list(zip(x.split((2, 4, 3)), y.split((2, 4, 3)), strict=True))
+    rng, other = seeded(), seeded()
+    found = merge([measure(model, loss, [part], groups, rng=rng) for part in parts])
+    whole = measure(model, loss, parts, groups, rng=other)
+    for name in whole.diagonal:
+        assert torch.allclose(found.diagonal[name], whole.diagonal[name], rtol=1e-10, atol=1e-15)
+        assert torch.allclose(found.stderr[name], whole.stderr[name], rtol=1e-10, atol=1e-15)
+    for field in ("trace", "trace_stderr") + (("halves",) if whole.halves is not None else ()):
+        assert torch.allclose(getattr(found, field), getattr(whole, field), rtol=1e-5)
+    for field in ("drawn", "drawn_stderr", "mass", "samples", "backwards", "probes"):
+        assert getattr(found, field) == pytest.approx(getattr(whole, field), rel=1e-9)
+    assert found.kind == whole.kind
+
+
+def test_shards_of_different_measurements_do_not_add_up():
+    model, batch = case("mlp")
+    one, two = exact(model, CrossEntropy(), [batch]), hutchinson(model, CrossEntropy(), [batch], probes=2, rng=seeded())
+    with pytest.raises(HapError, match=r"merge: shards of one measurement expected, found 1 sets of names, \["):
+        merge([one, two])
+
+
+def test_a_module_that_is_not_known_can_be_left_to_probes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Unflatten(1, (2, 1, 3, 3)), nn.Conv3d(2, 4, (1, 2, 2)), nn.ReLU(), nn.Flatten(),
+                          nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3)).double()  # fmt: skip
+    batch = torch.randn(20, 18, dtype=torch.float64), torch.randint(0, 3, (20,), generator=seeded())
+    with pytest.raises(HapError, match=r"1 \(Conv3d\) is not known; .* are; unknown=PROBES leaves it to probes"):
+        exact(model, CrossEntropy(), [batch])
+    with pytest.raises(HapError, match="a generator expected for the probes"):
+        exact(model, CrossEntropy(), [batch], unknown=2)
+    for per in ("weight", "row"):
+        found = exact(model, CrossEntropy(), iter([batch]), unknown=150, rng=seeded(), per=per)
+        assert found.estimated == ("1.weight",)
+        assert found.kind == "exact Hessian diagonal"
+        for name in ("1.weight", "4.weight", "6.weight"):
+            truth = dense(model, CrossEntropy(), batch, name).diagonal().reshape(len(model.get_parameter(name)), -1)
+            truth = truth.sum(1) if per == "row" else truth
+            error = found.stderr[name].reshape(truth.shape)
+            close = (found.diagonal[name].reshape(truth.shape) - truth).abs()
+            assert (close <= 5 * error + 1e-12).all()
+            assert bool((error > 0).all()) == (name == "1.weight")
+
+
+def test_a_module_with_parameters_of_its_own_is_refused_when_all_are_wanted(unchecked):
+    model, batch = case("attention")
+    with pytest.raises(HapError, match=r"curvature:  \(Attention\) is not known"):
+        exact(model, CrossEntropy(), [batch], of="parameters")
+    with pytest.raises(HapError, match="of 'weights' or 'parameters' expected, found 'biases'"):
+        exact(model, CrossEntropy(), [batch], of="biases")
+
+
+def test_nothing_is_read_back_from_the_device_within_the_loop():
+    """By the ops that would wait for a GPU; what a backend does by itself it cannot see."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            masked = name.startswith("index") and any(
+                isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in torch.utils._pytree.tree_leaves(args)
+            )
+            if masked or name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select"):
+                waited.append(name)
+            return function(*args, **(kwargs or {}))
+
+    model, (x, y) = case("residual", samples=8)
+    groups, waited, counts = couple(model, trace(model, x)), [], []
+    for samples in (4, 8):
+        batches = [(x[i : i + 1], y[i : i + 1]) for i in range(samples)]
+        waited.clear()
+        with Watch():
+            exact(model, CrossEntropy(), batches, groups, columns=1, rng=seeded())
+        counts.append(len(waited))
+    assert counts[0] == counts[1]  # only before and after
+
+
+@pytest.mark.parametrize("name", ["residual", "option-a", "tokens"])
+def test_passes_in_half_precision_are_near(name):
+    """bfloat16 has 8 bits; float32 sums keep the error of a row near that of one product."""
+    model, (x, y) = case(name, samples=16)
+    model, x = model.float(), x.float()
+    whole = exact(model, CrossEntropy(), [(x, y)], per="row")
+    found = exact(model, CrossEntropy(), [(x, y)], per="row", autocast=torch.bfloat16)
+    for parameter, value in whole.diagonal.items():
+        assert found.diagonal[parameter].dtype == torch.float32
+        assert not torch.equal(found.diagonal[parameter], value)
+        assert gap(found.diagonal[parameter], value) < 0.1
+
+
+def test_a_layer_that_reaches_nothing_has_no_curvature():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle, self.off = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(2, 2)
+
+        def forward(self, x):
+            self.idle(x)
+            return self.used(x)
+
+    batch = (torch.randn(5, 3), torch.randint(0, 4, (5,)))
+    found = exact(Idle(), CrossEntropy(), [batch, batch])
+    assert (found.diagonal["idle.weight"] == 0).all()
+    assert (found.diagonal["used.weight"] > 0).any()
+    assert set(found.diagonal) == {"used.weight", "idle.weight"}
+    guessed = hutchinson(Idle(), CrossEntropy(), [batch], probes=2, rng=seeded())
+    assert (guessed.diagonal["off.weight"] == 0).all()
+
+
+def test_a_pass_to_the_sources_passes_all():
+    x = torch.randn(3, requires_grad=True)
+    a, b = x * 2, x * 3
+    c, d = a + b, b.relu()
+    nodes = [t.grad_fn for t in (a, b, c, d)]
+    assert set(sources(c * d, nodes)) == {a.grad_fn, b.grad_fn}
+    assert sources(a.exp(), [c.grad_fn]) == []
 
 
 @pytest.mark.parametrize("name", CURVED)
@@ -98,7 +294,7 @@ def test_elsewhere_it_is_the_gauss_newton_diagonal_and_says_so(name):
     model = CURVED[name]().double().eval()
     shape = INPUTS.get(name, (4,))
     x, y = torch.randn(4, *shape, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
-    found = exact(model, CrossEntropy(), [(x, y)])
+    found = exact(model, CrossEntropy(), [(x, y)], of="parameters" if name in ("layernorm", "gelu") else "weights")
     assert found.kind == "Gauss-Newton diagonal"
     p = model(x).softmax(1).detach()
     hessian = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
@@ -248,6 +444,96 @@ def test_hutchinson_is_within_its_own_error_of_the_dense_hessian():
         assert 0.9 < float(z.std()) < 1.15
     assert found.kind == "Hutchinson estimate"
     assert (found.samples, found.backwards, found.drawn) == (8, 121, 1.0)
+
+
+def test_probes_of_one_layer_at_a_time_are_right_and_less_noisy():
+    """Z-scores against the dense Hessian; and the noise of a layer's estimate is what its own block leaves."""
+    model, batch = case("residual", samples=8)
+    groups = couple(model, trace(model, batch[0]))
+    names = [f"{n}.weight" for n in ("stem", "grouped", "point", "fc")]
+    blocks = {n: dense(model, CrossEntropy(), batch, n) for n in names}
+    found = hutchinson(model, CrossEntropy(), [batch], groups, probes=400, rng=seeded(), block=True)
+    joint = hutchinson(model, CrossEntropy(), [batch], groups, probes=400, rng=seeded())
+    assert found.backwards == 1 + 2 * 400 * 4
+    for name, block in blocks.items():
+        off = block - torch.diag(block.diagonal())
+        error = (off.square().sum(1) / 400).sqrt().reshape(found.diagonal[name].shape)
+        alive = error > 1e-9 * error.max()
+        z = (found.diagonal[name] - block.diagonal().reshape(error.shape))[alive] / error[alive]
+        assert z.abs().max() < 5
+        assert torch.allclose(found.stderr[name][alive], error[alive], rtol=0.3)
+    alive = joint.trace_stderr > 0
+    assert (found.trace_stderr < 0.9 * joint.trace_stderr)[alive].all()
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_probes_together_are_the_probes_one_by_one(block):
+    model, batch = case("plain")
+    groups = couple(model, trace(model, batch[0]))
+    one, four = (
+        hutchinson(model, CrossEntropy(), [batch], groups, probes=6, rng=seeded(), together=n, block=block)
+        for n in (1, 4)
+    )
+    for name, value in one.diagonal.items():
+        assert torch.allclose(four.diagonal[name], value, rtol=1e-8, atol=1e-14)
+        assert torch.allclose(four.stderr[name], one.stderr[name], rtol=1e-8, atol=1e-14)
+    assert torch.allclose(four.halves, one.halves)
+
+
+def test_what_cannot_be_vectorised_is_done_one_by_one():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            return 2 * x * grad if float(x.detach().sum()) else grad
+
+    class Squared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.b(Square.apply(self.a(x)))
+
+    torch.manual_seed(0)
+    model, batch = Squared().double(), (torch.randn(5, 3, dtype=torch.float64), torch.randint(0, 2, (5,)))
+    one, four = (hutchinson(model, CrossEntropy(), [batch], probes=4, rng=seeded(), together=n) for n in (1, 4))
+    assert all(torch.allclose(four.diagonal[n], v) for n, v in one.diagonal.items())
+
+
+def test_both_halves_of_the_probes_make_the_whole():
+    model, (x, y) = case("residual", samples=6)
+    parts = list(zip(x.split(3), y.split(3), strict=True))
+    groups = couple(model, trace(model, x))
+    found = hutchinson(model, CrossEntropy(), parts, groups, probes=7, rng=seeded())
+    assert torch.allclose((4 * found.halves[0] + 3 * found.halves[1]) / 7, found.trace)
+    assert found.probes == 7
+
+
+def test_probes_stop_when_they_are_told_it_is_enough():
+    """Rounds are means over all probes so far; the first of two rounds is what one round alone gives."""
+    model, batch = case("residual")
+    groups, seen = couple(model, trace(model, batch[0])), []
+
+    def enough(found):
+        seen.append(found)
+        return found.probes >= 8
+
+    found = hutchinson(model, CrossEntropy(), iter([batch]), groups, probes=50, rng=seeded(), until=enough, every=4)
+    assert [f.probes for f in seen] == [4, 8]
+    assert found.probes == 8
+    alone = hutchinson(model, CrossEntropy(), [batch], groups, probes=4, rng=seeded())
+    assert all(torch.allclose(seen[0].diagonal[n], v) for n, v in alone.diagonal.items())
+    whole = hutchinson(model, CrossEntropy(), [batch], groups, probes=8, rng=seeded())
+    assert all(torch.allclose(found.diagonal[n], v) for n, v in whole.diagonal.items())
+    ratio = (found.trace_stderr / whole.trace_stderr)[whole.trace_stderr > 0]
+    assert 0.5 < float(ratio.mean()) < 2
+    assert found.samples == len(batch[1])
 
 
 def test_hutchinson_streams_over_batches_by_their_mass():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from hap import Budget, CrossEntropy, HapError, couple, hutchinson, trace
-from hap.methods import hessian_trace, magnitude, random, taylor, uniform
+from hap.methods import agree, hessian_trace, magnitude, random, taylor, uniform
 from hap.plan import Fate, plan
 from hap.testing import check_score
 
@@ -194,3 +194,43 @@ def test_wrong_options_are_refused(unchecked):
         score(taylor, model, [], groups)
     with pytest.raises(HapError, match="probes of at least 1 expected"):
         score(partial(hessian_trace, curvature="hutchinson", probes=0), model, batches, groups)
+
+
+def halved(groups, part=0.5):
+    """What a budget of groups would prune."""
+    return lambda scores: scores <= scores.sort().values[int(part * len(groups))]
+
+
+def test_probes_that_do_not_determine_what_is_pruned_are_warned_of():
+    model, batches, groups = setting("residual")
+    noisy = partial(hessian_trace, curvature="hutchinson", probes=2, pruned=halved(groups))
+    with pytest.warns(UserWarning, match=r"2 probes do not determine what is pruned: their halves agree on \d+% of it"):
+        score(noisy, model, batches, groups)
+    found = []
+    score(partial(noisy, halves=found.append), model, batches, groups)  # the caller judges
+    assert found[0].shape == (2, len(groups))
+
+
+def test_probes_stop_once_their_halves_agree():
+    model, batches, groups = setting("residual")
+    asked = []
+
+    def pruned(scores):
+        asked.append(scores)
+        return halved(groups)(scores)
+
+    given = {"curvature": "hutchinson", "block": True, "probes": 5000, "confidence": 0.8}
+    found = score(partial(hessian_trace, **given, pruned=pruned), model, batches, groups)
+    assert 2 <= len(asked) < 1000
+    assert agree(halved(groups)(asked[-1]), halved(groups)(asked[-2])) >= 0.8
+    exact = score(SCORES["exact"], model, batches, groups)
+    assert agree(halved(groups)(found), halved(groups)(exact)) >= 0.6
+    for wrong in ({"confidence": 1.5}, {"pruned": None}):
+        with pytest.raises(HapError, match="confidence in 0 to 1 and what is pruned expected"):
+            score(partial(hessian_trace, **{**given, "pruned": pruned, **wrong}), model, batches, groups)
+
+
+def test_two_sets_agree_by_the_share_of_the_larger():
+    one, other = torch.tensor([True, True, False, True]), torch.tensor([True, False, False, False])
+    assert agree(one, other) == agree(other, one) == pytest.approx(1 / 3)
+    assert agree(one, one) == 1

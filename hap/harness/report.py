@@ -42,10 +42,23 @@ COLUMNS: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
     ("macs_pruned", "MACs pruned (%)", _pruned("macs")),
     ("score_seconds", "score (s)", lambda run: run.seconds.get("score", run.seconds.get("prune", math.nan))),
 )
+RANKING: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
+    ("spearman", "rank correlation", lambda run: run.metrics.get("ranking", {}).get("spearman", math.nan)),
+    ("overlap", "overlap of the pruned", lambda run: run.metrics.get("ranking", {}).get("overlap", math.nan)),
+    ("negative", "negative scores", lambda run: run.metrics.get("ranking", {}).get("negative", math.nan)),
+)
 NOTE = """\
 Test accuracy, mean ± standard deviation over seeds. *Selected*: the epoch that is best on the validation split.
 *Best test epoch*: what the published code reports, an epoch chosen on the test set; optimistic, and it selects nothing.
 MACs are those of convolutions and linear layers; FLOPs would be twice as many."""
+RANKING_NOTE = """\
+*Rank correlation* (Spearman) with the scores of the reference, and *overlap*: the share of the larger of the two pruned
+sets that is in both. A curvature that is negative prunes first, whatever it costs."""
+
+
+def columns(spec: Spec) -> tuple[tuple[str, str, Callable[[Run], float]], ...]:
+    """The columns of a spec's table: those of the ranking where scores are compared with a reference."""
+    return COLUMNS + (RANKING if any(case.reference for case in spec.cases.values()) else ())
 
 
 def frame(spec: Spec, runs: Runs) -> pd.DataFrame:
@@ -58,8 +71,20 @@ def tables(spec: Spec, runs: Runs, results: Path) -> list[Path]:
     stem, table = results / "tables" / spec.name, frame(spec, runs)
     files = [stem.with_name(f"{spec.name}.csv"), stem.with_name(f"{spec.name}.md")]
     atomic_write(files[0], table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
-    body = _markdown(["case", "seeds", *(heading for _, heading, _ in COLUMNS)], map(_cells, table.to_dict("records")))
-    parts = [f"# {spec.title}", f"{spec.paper}. Spec `{spec.name}`.", body, NOTE, _sources(runs)]
+    shown = columns(spec)
+    note = RANKING_NOTE if len(shown) > len(COLUMNS) else ""
+    body = _markdown(
+        ["case", "seeds", *(heading for _, heading, _ in shown)],
+        (_cells(row, [name for name, _, _ in shown]) for row in table.to_dict("records")),
+    )
+    parts = [
+        f"# {spec.title}",
+        f"{spec.paper}. Spec `{spec.name}`.",
+        body,
+        NOTE,
+        *([RANKING_NOTE] if len(shown) > len(COLUMNS) else []),
+        _sources(runs),
+    ]
     atomic_write(files[1], ("\n\n".join(part for part in parts if part) + "\n").encode())
     return files
 
@@ -103,7 +128,7 @@ def write(specs: Sequence[Path], results: Path) -> list[Path]:
 
 def _row(spec: Spec, name: str, runs: list[Run]) -> dict[str, Any]:
     row: dict[str, Any] = {"case": name, "seeds": len(runs), "seeds_wanted": len(spec.seeds)}
-    for column, _, number in COLUMNS:
+    for column, _, number in columns(spec):
         values = [number(run) for run in runs]
         row[f"{column}_mean"] = fmean(values) if values else None
         row[f"{column}_sd"] = stdev(values) if len(values) > 1 else None
@@ -111,9 +136,9 @@ def _row(spec: Spec, name: str, runs: list[Run]) -> dict[str, Any]:
     return row
 
 
-def _cells(row: dict[Any, Any]) -> list[str]:
+def _cells(row: dict[Any, Any], columns: Sequence[str]) -> list[str]:
     seeds = f"{row['seeds']}" if row["seeds"] == row["seeds_wanted"] else f"{row['seeds']} of {row['seeds_wanted']}"
-    numbers = [_measured(row[f"{column}_mean"], row[f"{column}_sd"]) for column, _, _ in COLUMNS]
+    numbers = [_measured(row[f"{column}_mean"], row[f"{column}_sd"]) for column in columns]
     return [f"`{row['case']}`", seeds, *numbers]
 
 

@@ -60,6 +60,10 @@ def random(model, loss, batches, groups, *, rng):
     """A score without options."""
 
 
+def noisy(model, loss, batches, groups, *, rng, pruned=None, halves=None, probes: int = 3):
+    """A score that is offered what is pruned, and a place for its halves."""
+
+
 def open_score(model, loss, batches, groups, **options):
     """A score that takes anything."""
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from fakes import fake_run, with_accuracy, write_spec
@@ -181,3 +182,13 @@ def test_a_verdict_is_one_line_a_person_can_read(spread):
 def test_a_surprise_is_a_failure_or_a_known_one_that_holds(spread, claimed, known, surprising):
     verdict = judge(claim(value=claimed, known=known), {"hap": spread(93.0, 94.0, 95.0)})
     assert verdict.surprising is surprising
+
+
+def test_a_ranking_is_judged_by_its_spread_and_is_never_certain(case):
+    runs = [replace(r, metrics={**r.metrics, "ranking": {"spearman": v, "overlap": 0.5}})
+            for r, v in ((fake_run(case, seed), 0.2 + seed / 100) for seed in range(3))]  # fmt: skip
+    made = claim(metric="spearman", op="<=", value=0.3)
+    verdict = judge(made, {"hap": runs})
+    assert (verdict.outcome, verdict.observed) == (HOLDS, pytest.approx(0.21))
+    assert describe(made) == "spearman of hap <= 0.3"
+    assert judge(claim(metric="overlap", value=0.4), {"hap": runs}).outcome is UNDECIDED  # equal, but by chance

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -168,3 +169,56 @@ def test_one_budget_without_fine_tuning_is_one_panel(tmp_path, monkeypatch):
 def test_a_method_has_no_score_and_tells_how_long_it_took_to_prune(spec, tmp_path):
     runs = {"hap": [fake_run(spec.cases["hap"], 0, seconds={"prune": 7.0})], "random": []}
     assert report.frame(spec, runs).iloc[0]["score_seconds_mean"] == 7.0
+
+
+def ranked(tmp_path):
+    """A spec of scores compared with a reference, and records of all its cases."""
+    cases = "".join(
+        f"""
+[cases.{name}]
+like = "hap"
+score = {{use = "hap.methods:hessian_trace", curvature = "hutchinson", {options}}}
+budget = {{params = {budget}, implant = 0.1}}
+"""
+        for name, options, budget in (("few", "probes = 3", "[0.3, 0.7]"), ("many", "probes = 30", "0.7"),
+                                      ("block", "probes = 3, block = true", "0.7"))
+    )  # fmt: skip
+    text = SPEC.replace("[finetune]", 'reference = "fakes:score"\n\n[finetune]').replace(
+        "[[claims]]", cases + "\n[[claims]]", 1
+    )
+    spec = load_spec(write_spec(tmp_path, text, "ranked"))
+    runs = {}
+    for place, (name, made) in enumerate(spec.cases.items()):
+        each = [fake_run(made, seed) for seed in range(3)]
+        ranking = {"spearman": 0.1 * place, "overlap": 0.25 + 0.01 * place, "negative": 7.0}
+        runs[name] = [replace(r, metrics={**r.metrics, "ranking": ranking}) for r in each]
+    return spec, runs
+
+
+def test_the_table_of_a_spec_with_a_reference_tells_the_ranking(tmp_path):
+    spec, runs = ranked(tmp_path)
+    _, markdown = report.tables(spec, runs, tmp_path)
+    text = markdown.read_text()
+    assert "| rank correlation | overlap of the pruned | negative scores |" in text
+    assert "| 0.20 | 0.27 | 7.00 |" in text
+    assert "*Rank correlation* (Spearman)" in text
+
+
+@pytest.mark.usefixtures("importable")
+def test_rankings_have_figures_of_their_own(tmp_path, monkeypatch):
+    from paper_figs import accuracy_vs_params, probes, style
+
+    spec, runs = ranked(tmp_path)
+    caught = []
+    monkeypatch.setattr(style, "save", lambda made, stem: caught.append((stem.name, made.axes)) or [stem])
+    assert accuracy_vs_params.draw(spec, runs, tmp_path) == []
+    assert len(probes.draw(spec, runs, tmp_path)) == 2
+    (name, (spearman, overlap)), (other, panels) = caught
+    assert (name, other) == ("ranked-ranking", "ranked-accuracy")
+    (line,) = spearman.get_lines()[:1]
+    assert list(line.get_xdata()) == [3, 30]
+    assert list(line.get_ydata()) == pytest.approx([0.3, 0.4])
+    assert overlap.get_lines()[0].get_ydata()[0] == pytest.approx(0.28)
+    assert len(panels) == 1
+    assert list(panels[0].get_lines()[0].get_ydata()) == pytest.approx([61, 61])
+    assert probes.draw(spec, {}, tmp_path) == []

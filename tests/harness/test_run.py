@@ -1,6 +1,7 @@
 import json
 import shutil
 import subprocess
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,7 @@ import torch
 import hap
 from hap import HapError
 from hap.groups import couple
-from hap.harness import provenance, store
+from hap.harness import provenance, scoring, store
 from hap.harness.binding import Ref
 from hap.harness.run import Clock, Run, one_shot, run
 from hap.harness.spec import Case
@@ -253,3 +254,72 @@ def test_the_environment_is_json_and_tells_versions_and_threads(monkeypatch):
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
     assert list(found["packages"]) == ["numpy"]
+
+
+def compared(score, **options):
+    return replace_case(
+        score=Ref(use=score, options=options), reference=Ref(use="hap.methods:hessian_trace"), finetune=None
+    )
+
+
+def replace_case(**changes):
+    return CASE.model_copy(update=changes)
+
+
+@pytest.fixture
+def forgotten(monkeypatch):
+    """Nothing remembered from other tests."""
+    known = {}
+    monkeypatch.setattr(scoring, "_KNOWN", known)
+    return known
+
+
+def test_a_reference_tells_how_a_ranking_compares(forgotten):
+    exact = run(compared("hap.methods:hessian_trace"), 0)
+    assert exact.metrics["ranking"]["spearman"] == pytest.approx(1)
+    assert exact.metrics["ranking"]["overlap"] == 1
+    assert exact.warnings == []
+    said = []
+    noisy = run(compared("hap.methods:hessian_trace", curvature="hutchinson", probes=2), 0, say=said.append)
+    ranking = noisy.metrics["ranking"]
+    assert -1 <= ranking["spearman"] < 0.95
+    assert 0 <= ranking["overlap"] < 1
+    assert ranking["groups"] == len(couple(task(0).model, trace(task(0).model, task(0).example), "union"))
+    assert noisy.warnings == [f"the two halves of the probes agree on {ranking['agreement']:.0%} of what is pruned"]
+    assert any(str(line) == f"warning: {noisy.warnings[0]}" for line in said)
+    assert exact.metrics["dense"] == noisy.metrics["dense"]
+
+
+def counted(model, loss, batches, groups, *, rng, pruned=None, ask: bool = False):
+    """A score that counts its calls, and may ask what is pruned."""
+    CALLS.append(ask)
+    warnings.warn("this is a made-up warning", stacklevel=1)
+    scores = torch.rand(len(groups), generator=rng)
+    assert not ask or pruned(scores).dtype == torch.bool
+    return scores
+
+
+CALLS: list[bool] = []
+
+
+def test_cases_that_differ_in_budget_share_their_scores_unless_the_score_asked_for_it(forgotten):
+    for ask, calls in ((False, 1), (True, 2)):
+        CALLS.clear()
+        case = replace_case(score=Ref(use=f"{__name__}:counted", options={"ask": ask}), finetune=None)
+        one, two = (run(case.model_copy(update={"budget": Budget(params=part, implant=0.2)}), 0) for part in (0.3, 0.6))
+        assert len(CALLS) == calls
+        assert one.warnings == two.warnings == ["this is a made-up warning"]
+        assert one.plan["rows"] != two.plan["rows"]
+        assert (one.seconds["score"] == two.seconds["score"]) != ask
+        CALLS.clear()
+        run(case, 1)
+        assert [ask] == CALLS  # another seed draws anew
+
+
+def test_a_record_of_before_warnings_were_kept_reads(tmp_path, forgotten):
+    made = run(replace_case(finetune=None), 0)
+    file = store.save(made, tmp_path)
+    table = json.loads(file.read_text())
+    assert table.pop("warnings") == []
+    file.write_text(json.dumps(table))
+    assert store.load(file).warnings == []

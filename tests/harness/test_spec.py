@@ -290,3 +290,49 @@ def test_a_type_that_only_the_function_knows_is_left_to_it(tmp_path, monkeypatch
     monkeypatch.setattr(fakes, "typed", typed, raising=False)
     score = load(tmp_path, changed(SCORE, 'score = {use = "fakes:typed", own = 1, named = 2}')).cases["hap"].score
     assert score == Ref(use="fakes:typed", options={"own": 1, "named": 2})
+
+
+COMPARED = """
+[cases.noisy]
+like = "hap"
+score = {use = "fakes:noisy", probes = 5}
+reference = {use = "fakes:score", curvature = "exact"}
+
+[[claims]]
+text = "a noisy ranking is near the exact one"
+source = "the suite"
+case = "noisy"
+metric = "spearman"
+op = ">="
+value = 0.9
+"""
+
+
+def test_a_reference_is_bound_like_a_score_and_decides(tmp_path):
+    spec = load(tmp_path, SPEC + COMPARED)
+    assert spec.cases["noisy"].reference == Ref(use="fakes:score", options={"curvature": "exact"})
+    assert "reference" not in spec.cases["hap"].decides  # nor does it move the keys of others
+    assert "reference" in spec.cases["noisy"].decides
+    whole = SPEC.replace("[finetune]", 'reference = "fakes:random"\n\n[finetune]')
+    assert load(tmp_path, whole).cases["random"].reference == Ref(use="fakes:random")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rule"),
+    [
+        ('case = "noisy"\nmetric = "spearman"', 'case = "hap"\nmetric = "spearman"',
+         "claims[3].metric: needs a case with a reference (found 'spearman')"),
+        ('metric = "spearman"', 'metric = "overlap"\nstage = "selected"',
+         "claims[3].stage: means nothing for overlap"),
+        ('reference = {use = "fakes:score", curvature = "exact"}', 'reference = {use = "fakes:score", curvature = "x"}',
+         "cases.noisy.reference.curvature: Input should be 'exact' or 'hutchinson' (found 'x')"),
+        ('score = {use = "fakes:noisy", probes = 5}', 'method = "fakes:method"\nimplant = false',
+         "cases.noisy.reference: a method has no scores to compare"),
+        ("probes = 5", "pruned = 5", "cases.noisy.score.pruned: unknown option; known are probes"),
+    ],
+)  # fmt: skip
+def test_a_reference_that_makes_no_sense_is_a_mistake(tmp_path, old, new, rule):
+    assert old in COMPARED
+    with pytest.raises(HapError) as caught:
+        load(tmp_path, SPEC + COMPARED.replace(old, new, 1))
+    assert rule in str(caught.value)
