@@ -562,6 +562,28 @@ def test_hutchinson_has_no_error_where_the_hessian_is_diagonal():
     assert (found.stderr["0.weight"] < 1e-15).all()
 
 
+def test_on_a_pretrained_network_probes_agree_with_the_closed_form_within_their_error(hapdata, monkeypatch):
+    """Z-scores of all channels of ResNet-20 on CIFAR-10; shared probes make them dependent, so the band is wide."""
+    from hap.harness.tasks import cifar10_resnet20
+
+    monkeypatch.setenv("HAP_DATA", str(hapdata))
+    task = cifar10_resnet20.task(0, images=32)
+    groups = couple(task.model, trace(task.model, task.example), "union")
+    truth = exact(task.model, task.loss, task.batches, groups, per="row")
+    assert truth.kind == "exact Hessian diagonal"
+    for block in (False, True):
+        probes = 6 if block else 40
+        found = hutchinson(task.model, task.loss, task.batches, groups, probes=probes, rng=seeded(), block=block)
+        alive = found.trace_stderr > 0
+        z = (found.trace - truth.trace)[alive] / found.trace_stderr[alive]
+        assert abs(float(z.median())) < 0.3
+        assert 0.8 < float(z.abs().median()) / 0.6745 < 1.3
+    few = exact(task.model, task.loss, task.batches, groups, per="row", columns=2, rng=seeded())
+    assert few.drawn < 0.01
+    alive = truth.trace > 0
+    assert float((few.trace / truth.trace - 1)[alive].abs().median()) < 0.01
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # curvlinops, when imported
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
 def test_curvlinops_agrees(activation):

@@ -82,7 +82,7 @@ def tables(spec: Spec, runs: Runs, results: Path) -> list[Path]:
         f"{spec.paper}. Spec `{spec.name}`.",
         body,
         NOTE,
-        *([RANKING_NOTE] if len(shown) > len(COLUMNS) else []),
+        note,
         _sources(runs),
     ]
     atomic_write(files[1], ("\n\n".join(part for part in parts if part) + "\n").encode())
