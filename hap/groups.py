@@ -71,17 +71,19 @@ class Groups:
     def reduce(self, values: Mapping[str, Tensor]) -> Float[Tensor, "groups"]:
         """Sum per group of an elementwise quantity, given by parameter name, over the rows of the group.
 
-        Parameters that are missing count as zero; those that belong to no group are left out.
+        Parameters that are missing count as zero; those that belong to no group are left out. The sum is on the
+        device of the values, which are not waited for.
         """
         dtype = reduce(torch.promote_types, (value.dtype for value in values.values()), torch.float32)
-        total = torch.zeros(len(self), dtype=dtype)
+        total = torch.zeros(len(self), dtype=dtype, device=next((value.device for value in values.values()), None))
         for name, value in values.items():
             shape = self.shapes.get(name.rpartition(".")[0])
             if shape is None or not shape.mixing:
                 continue
             of = self.row_group[shape.rows_at]
+            rows = (of >= 0).nonzero()[:, 0]
             sums = value.detach().reshape(shape.rows, -1).sum(1).to(total)
-            total.index_add_(0, of[of >= 0], sums[of >= 0])
+            total.index_add_(0, of[rows].to(total.device), sums[rows.to(total.device)])
         return total
 
     def gone(self, dropped: Bool[Tensor, "groups"]) -> Gone:

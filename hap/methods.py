@@ -49,7 +49,7 @@ def hessian_trace(
     on this share. `halves`: takes the scores of either half instead of the warning. # upstream: 3 probes by default,
     and no 1/2, which changes no ranking.
     """
-    scale = groups.reduce(_weights(model, groups, lambda w: w.square())) / (2 * _size(model, groups))
+    scale = groups.reduce(_weights(model, groups, lambda w: w.square())).cpu() / (2 * _size(model, groups))
     if curvature == "exact":
         found = exact(model, loss, batches, groups, columns=columns, share=share, rng=rng, per="row")
     elif curvature == "hutchinson":
@@ -97,7 +97,7 @@ def magnitude(
     """
     if order not in (1, 2):
         raise HapError(f"magnitude: order 1 or 2 expected, found {order!r}")
-    powers = groups.reduce(_weights(model, groups, lambda w: w.abs() ** order))
+    powers = groups.reduce(_weights(model, groups, lambda w: w.abs() ** order)).cpu()
     return (powers / _size(model, groups)) ** (1 / order)
 
 
@@ -112,7 +112,7 @@ def taylor(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rn
             scores.append(groups.reduce({n: g * p for n, g, p in zip(names, slopes, params, strict=True)}).square())
     if not scores:
         raise HapError("taylor: calibration batches expected, found none")
-    return torch.stack(scores).mean(0)
+    return torch.stack(scores).mean(0).cpu()
 
 
 def random(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator) -> Scores:
@@ -146,4 +146,4 @@ def _weights(model: nn.Module, groups: Groups, function: Any) -> dict[str, Tenso
 
 def _size(model: nn.Module, groups: Groups) -> Scores:
     """The number of weights of each group."""
-    return groups.reduce(_weights(model, groups, torch.ones_like))
+    return groups.reduce(_weights(model, groups, torch.ones_like)).cpu()

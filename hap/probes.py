@@ -54,7 +54,7 @@ def hutchinson(
         for count in rounds:
             for batch in batches:
                 found = _estimates(model, loss, batch, params, count, rng, block, together)
-                sums.add(found, float(loss.mass(batch[1])), groups, len(batch[1]))
+                sums.add(found, float(loss.mass(batch[1])), groups, len(batch[1]))  # the one wait a batch
             sums.close(count)
             result = sums.result(1 + 2 * sums.probes * (len(params) if block else 1))
             if until is not None and until(result):
@@ -104,8 +104,8 @@ class Probes:
         mean = {name: self.sums[name] / (self.mass * self.probes) for name in self.squares}
         error = {name: (value / (self.freedom * self.probes)).sqrt() / self.mass if self.freedom else value + torch.inf
                  for name, value in self.squares.items()}  # fmt: skip
-        trace, trace_error = mean.pop(TRACE, None), error.pop(TRACE, None)
-        parts = [h / (self.mass * n) for h, n in zip(halves, counts, strict=True) if h is not None]
+        trace, trace_error = (each.pop(TRACE).cpu() if TRACE in each else None for each in (mean, error))
+        parts = [h.cpu() / (self.mass * n) for h, n in zip(halves, counts, strict=True) if h is not None]
         return Curvature(
             mean, error, ESTIMATE, trace, trace_error, 1.0, 0.0, self.mass, self.samples, 1, backwards, self.probes,
             torch.stack(parts) if len(parts) == 2 else None,

@@ -84,7 +84,7 @@ class Tally:
         mass = float(self.mass)
         diagonal = {name: value / mass for name, value in self.sums.items()}
         whole = max(sum(float(v.sum(dtype=torch.float64)) for v in self.sums.values()), 1e-300)
-        traces = None if self.groups is None else self.groups.reduce(_weights(diagonal, self.groups))
+        traces = None if self.groups is None else self.groups.reduce(_weights(diagonal, self.groups)).cpu()
         return Curvature(
             diagonal,
             {name: value.sqrt() / mass for name, value in self.fourths.items()},
