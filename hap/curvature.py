@@ -28,7 +28,7 @@ from hap.probes import hutchinson
 from hap.tally import Curvature, Tally, join
 
 KNOWN = "nn.Linear, nn.Conv1d, nn.Conv2d, BatchNorm and nn.LayerNorm"
-MEMORY = {"cpu": 2**28}  # bytes: on a CPU what is held should not be far from the cache
+MEMORY = {"cpu": 2**29}  # bytes: on a CPU what is held should not be far from the cache
 MEMORY_ELSEWHERE = 2**31
 
 
@@ -93,7 +93,9 @@ class _Way:
     rng: torch.Generator | None
     per: Per
     passes: Callable[[], AbstractContextManager[Any]]
-    buffers: dict[str, Tensor] = field(default_factory=dict)  # gradients; kept, for fresh memory costs more than sums
+    # kept from chunk to chunk, because fresh memory costs more than what is done in it
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # gradients of what the layers wrote
+    scratch: dict[str, Tensor] = field(default_factory=dict)
 
     def see(self, inputs: Any, sink: Callable[[str, Tensor], None]) -> tuple[Tensor, dict[str, Seen]]:
         """A forward pass."""
@@ -114,7 +116,7 @@ class _Way:
         column = 0
 
         def sink(name: str, grad: Tensor) -> None:
-            self.buffers[name][: len(grad), :, column] = positions(self.model.get_submodule(name), grad)
+            self.buffers[name][: len(grad), column] = positions(self.model.get_submodule(name), grad)
 
         outputs, seen = self.see(inputs, sink)
         refuse_shared(outputs, params)
@@ -129,7 +131,8 @@ class _Way:
             torch.autograd.grad(outputs, ends, vector, retain_graph=column < len(vectors) - 1)
         for name, each in seen.items():
             module, own, g = self.model.get_submodule(name), self.layers[name], self.buffers[name][: len(targets)]
-            for key, squares in squared_gradients(module, each.x, g, own, per=self.per, drawn=drawn).items():
+            found = squared_gradients(module, each.x, g, own, per=self.per, drawn=drawn, scratch=self.scratch)
+            for key, squares in found.items():
                 tally.add(name, _full(name, key), squares)
         tally.end()
 
@@ -138,11 +141,11 @@ class _Way:
         for name, each in seen.items():
             if len(each.x) != samples:
                 raise HapError(f"curvature: {name} reads {len(each.x)} samples where the batch has {samples}")
-            n, places, rows = positions(self.model.get_submodule(name), each.y).shape
+            n, rows, places = positions(self.model.get_submodule(name), each.y).shape
             old = self.buffers.get(name)
-            if old is None or old.shape[1:] != (places, columns, rows) or len(old) < n:
+            if old is None or old.shape[1:] != (columns, rows, places) or len(old) < n:
                 wide = torch.promote_types(each.y.dtype, torch.float32)
-                self.buffers[name] = torch.zeros(n, places, columns, rows, dtype=wide, device=each.x.device)
+                self.buffers[name] = torch.zeros(n, columns, rows, places, dtype=wide, device=each.x.device)
 
 
 def _check(columns: int | None, share: float | None, rng: torch.Generator | None, memory: int | None) -> None:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from hap import HapError
 from hap.layers import evaluating, first_tensor, is_mixing, weight_of
 from hap.losses import Batches, Loss
+from hap.persample import even
 
 
 class Seen(NamedTuple):
@@ -85,8 +86,9 @@ def counting(model: nn.Module) -> Iterator[dict[int, int]]:
 def chunks(batches: Batches, size: int) -> Iterator[tuple[Any, Tensor]]:
     """The batches in parts of at most `size` samples; images channels last, as kernels like them."""
     for inputs, targets in batches:
-        for first in range(0, len(targets), size):
-            part = slice(first, first + size)
+        step = even(len(targets), size)
+        for first in range(0, len(targets), step):
+            part = slice(first, first + step)
             yield tree_map(partial(_cut, part), inputs), targets[part]
 
 

@@ -9,6 +9,7 @@ gradient is sum_p g_p u_p^T. Its squares have three equivalent forms; the cheape
   row, the square of whose gradient needs no gradient [Goodfellow15]. Cheap where there are few positions.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-BYTES = 2**23  # of what is formed per sample at a time: it should stay in the cache
+BYTES = 2**24  # of what is formed per sample at a time: it should stay in the cache
 MIXING = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
 Per = Literal["weight", "row"]
@@ -36,25 +37,34 @@ class Squares(NamedTuple):
 def squared_gradients(
     module: nn.Module,
     x: Tensor,
-    g: Float[Tensor, "batch positions columns rows"],
+    g: Float[Tensor, "batch columns rows positions"],
     names: Sequence[str] = ("weight",),
     *,
     per: Per = "weight",
     drawn: bool = False,
+    scratch: dict[str, Tensor] | None = None,
 ) -> dict[str, Squares]:
     """Squares of the gradients of the named parameters; `g` has the output gradients of each column, by `positions`.
 
     `per`: "weight" for the diagonal, "row" for its sum over each row. `drawn`: give what the error of the last column
-    needs. Sums are in the dtype of `g`.
+    needs. `scratch`: kept by the caller for the next call, because fresh memory costs more than what is done in it.
+    Sums are in the dtype of `g`.
     """
+    scratch = {} if scratch is None else scratch
     size = x[0].numel() * _kernel(module) + g[0].numel()
-    if isinstance(module, MIXING) and "weight" in names and per == "weight":
-        size += g.shape[2] * module.weight.numel()
-    step = max(1, BYTES // (size * g.element_size()))
+    if isinstance(module, MIXING) and "weight" in names:
+        size += g.shape[1] * module.weight.numel()
+    step = even(len(x), max(1, BYTES // (size * g.element_size())))
     parts = [
-        _part(module, x[i : i + step].to(g.dtype), g[i : i + step], names, per, drawn) for i in range(0, len(x), step)
+        _part(module, x[i : i + step].to(g.dtype), g[i : i + step], names, per, drawn, scratch)
+        for i in range(0, len(x), step)
     ]
     return {name: _join([part[name] for part in parts]) for name in names}
+
+
+def even(n: int, most: int) -> int:
+    """The size of as few equal parts of n as there can be with at most `most` in each."""
+    return -(-n // -(-n // most)) if n else 1
 
 
 def is_known(module: nn.Module) -> bool:
@@ -65,47 +75,92 @@ def is_known(module: nn.Module) -> bool:
 
 
 def _part(
-    module: nn.Module, x: Tensor, g: Float[Tensor, "batch positions columns rows"], names: Sequence[str], per: Per,
-    drawn: bool,
+    module: nn.Module, x: Tensor, g: Float[Tensor, "batch columns rows positions"], names: Sequence[str], per: Per,
+    drawn: bool, scratch: dict[str, Tensor],
 ) -> dict[str, Squares]:  # fmt: skip
     found = {}
     for name in names:
         if name == "weight" and isinstance(module, MIXING):
-            found[name] = _mixing(module, _patches(module, x), g, per, drawn)
+            found[name] = _mixing(module, x, g, per, drawn, scratch)
         else:
-            d = g if name == "bias" else g * positions(module, _normalised(module, x))[:, :, None]
-            squares = _rows(d.sum(1).square()[:, :, None], drawn)
+            d = g if name == "bias" else g * positions(module, _normalised(module, x))[:, None]
+            squares = _rows(d.sum(-1).square()[:, :, None], drawn)
             found[name] = squares if per == "row" else _shaped(module.get_parameter(name), squares)
     return found
 
 
-def _mixing(module: nn.Module, u: Tensor, g: Tensor, per: Per, drawn: bool) -> Squares:
-    """`u`: [batch, groups, positions, cols]; `g`: [batch, positions, columns, rows]."""
-    _, conv_groups, places, cols = u.shape
-    columns, rows = g.shape[2], g.shape[3] // conv_groups
-    g = g.reshape(*g.shape[:3], conv_groups, rows).permute(0, 3, 2, 4, 1)  # [batch, groups, columns, rows, positions]
+def _mixing(module: nn.Module, x: Tensor, g: Tensor, per: Per, drawn: bool, scratch: dict[str, Tensor]) -> Squares:
+    """`g`: [batch, columns, rows, positions]."""
+    conv_groups, weight = getattr(module, "groups", 1), module.get_parameter("weight")
+    columns, rows, places, cols = g.shape[1], g.shape[2] // conv_groups, g.shape[3], weight[0].numel()
+    natural = False  # whether taps come last, as in the weight, and not first, as in patches
+    g = g.reshape(len(g), columns, conv_groups, rows, places).transpose(1, 2)
     if places == 1:
+        u = _patches(module, x, scratch)
         squares = _one_position(u[:, :, 0].square(), g[..., 0].square(), per, drawn)
     elif per == "row" and places * (cols + columns * rows) < cols * columns * rows:
-        flat = g.flatten(2, 3)
+        flat, u = g.flatten(2, 3), _patches(module, x, scratch)
         d2 = ((flat @ (u @ u.mT)) * flat).sum(-1).reshape(g.shape[:-1])
         squares = _rows(d2.transpose(1, 2), drawn)
     elif per == "row":
-        squares = _rows(_products(g, u).square_().sum(-1).transpose(1, 2), drawn)
+        natural = _has_fast_groups(module, x)
+        d = _by_kernel(module, x, g) if natural else _products(_patches(module, x, scratch), g, scratch)
+        squares = _rows(d.square_().sum(-1).transpose(1, 2), drawn)
     elif places < columns:
-        gram = torch.einsum("ngcop,ngcoq->gnopq", g, g)
+        gram, u = torch.einsum("ngcop,ngcoq->gnopq", g, g), _patches(module, x, scratch)
         squares = Squares(torch.einsum("gnopi,ngpi->goi", gram @ u.transpose(0, 1)[:, :, None], u))
         if drawn:
-            last = _weights(_products(g[:, :, -1:], u).square_().transpose(1, 2), drawn)
+            last = _weights(_products(u, g[:, :, -1:], scratch).square_().transpose(1, 2), drawn)
             squares = last._replace(total=squares.total)
     else:
-        squares = _weights(_products(g, u).square_().transpose(1, 2), drawn)
-    return squares if per == "row" else _shaped(module.get_parameter("weight"), squares)
+        natural = _has_fast_groups(module, x)
+        d = _by_kernel(module, x, g) if natural else _products(_patches(module, x, scratch), g, scratch)
+        squares = _weights(d.square_().transpose(1, 2), drawn)
+    return squares if per == "row" else _shaped(weight, squares, natural)
 
 
-def _products(g: Tensor, u: Tensor) -> Float[Tensor, "batch groups columns rows cols"]:
-    """The gradients themselves."""
-    return (g.flatten(2, 3) @ u).reshape(*g.shape[:-1], u.shape[-1])
+def _products(u: Tensor, g: Tensor, scratch: dict[str, Tensor]) -> Float[Tensor, "batch groups columns rows cols"]:
+    """The gradients themselves, in scratch memory; `g`: [batch, groups, columns, rows, positions]."""
+    n, conv_groups, columns, rows, _ = g.shape
+    out = _room(scratch, "products", (n * conv_groups, columns * rows, u.shape[-1]), u)
+    torch.bmm(g.reshape(len(out), columns * rows, -1), u.flatten(0, 1), out=out)
+    return out.view(n, conv_groups, columns, rows, -1)
+
+
+def _has_fast_groups(module: nn.Module, x: Tensor) -> bool:
+    """Whether the kernel of a grouped convolution beats patches and a product: on a CPU with oneDNN it does, twice."""
+    if not isinstance(module, _ConvNd) or math.prod(module.kernel_size) == 1:
+        return False
+    return x.device.type == "cpu" and x.dtype == torch.float32 and bool(torch._C._has_mkldnn)
+
+
+def _by_kernel(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+    """The gradients of all samples as that of one convolution, with a group for each of them."""
+    assert isinstance(module, _ConvNd)
+    n, conv_groups, columns, rows, _ = g.shape
+    pads = module._reversed_padding_repeated_twice
+    inside = list(pads[::2])[::-1]
+    if list(pads[::2]) != list(pads[1::2]):  # the kernel pads both sides alike
+        x, inside = F.pad(x, pads), [0] * len(inside)
+    weight = x.new_empty(n * g[0, ..., 0].numel(), module.in_channels // conv_groups, *module.kernel_size)
+    out = [
+        (a + 2 * p - d * (k - 1) - 1) // s + 1
+        for a, p, k, s, d in zip(x.shape[2:], inside, module.kernel_size, module.stride, module.dilation, strict=True)
+    ]
+    _, found, _ = torch.ops.aten.convolution_backward(
+        g.reshape(1, len(weight), *out), x.reshape(1, -1, *x.shape[2:]), weight, None, module.stride, inside,
+        module.dilation, False, [0] * len(out), n * conv_groups, [False, True, False],
+    )  # fmt: skip
+    gradients: Tensor = found.reshape(n, conv_groups, columns, rows, -1)
+    return gradients
+
+
+def _room(scratch: dict[str, Tensor], name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A tensor of this shape in scratch memory; what it holds is left from before."""
+    held = scratch.get(name)
+    if held is None or held.numel() < math.prod(shape) or (held.dtype, held.device) != (like.dtype, like.device):
+        held = scratch[name] = like.new_empty(math.prod(shape))
+    return held[: math.prod(shape)].view(shape)
 
 
 def _one_position(u2: Tensor, g2: Tensor, per: Per, drawn: bool) -> Squares:
@@ -131,11 +186,11 @@ def _rows(d2: Float[Tensor, "batch columns groups rows"], drawn: bool) -> Square
     return Squares(d2.sum((0, 1)), d2[:, -1], d2[:, -1].square().sum(0)) if drawn else Squares(d2.sum((0, 1)))
 
 
-def _shaped(parameter: Tensor, squares: Squares) -> Squares:
-    """From [groups, rows, taps * cols] to the shape of the parameter."""
+def _shaped(parameter: Tensor, squares: Squares, natural: bool = False) -> Squares:
+    """From [groups, rows, taps * cols], or where that is `natural` cols * taps, to the shape of the parameter."""
 
     def shaped(t: Tensor) -> Tensor:
-        if t.dim() < 3 or parameter.dim() < 3:
+        if natural or t.dim() < 3 or parameter.dim() < 3:
             return t.reshape(parameter.shape)
         return t.reshape(len(parameter), *parameter.shape[2:], parameter.shape[1]).movedim(-1, 1)
 
@@ -150,12 +205,11 @@ def _join(parts: list[Squares]) -> Squares:
     return Squares(sum(total[1:], total[0]), torch.cat(last), sum(squared[1:], squared[0]))
 
 
-def positions(module: nn.Module, t: Tensor) -> Float[Tensor, "batch positions rows"]:
-    """What a module wrote, channels last, or the gradient of it."""
+def positions(module: nn.Module, t: Tensor) -> Float[Tensor, "batch rows positions"]:
+    """What a module wrote, or the gradient of it, by row and position."""
     if isinstance(module, nn.LayerNorm):
-        return t.reshape(len(t), -1, module.weight.numel())
-    t = t if isinstance(module, nn.Linear) else t.movedim(1, -1)
-    return t.reshape(len(t), -1, t.shape[-1])
+        return t.reshape(len(t), -1, module.weight.numel()).mT
+    return t.reshape(len(t), -1, t.shape[-1]).mT if isinstance(module, nn.Linear) else t.reshape(*t.shape[:2], -1)
 
 
 def _kernel(module: nn.Module) -> int:
@@ -172,23 +226,29 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
     return F.batch_norm(x, module.running_mean.to(x), module.running_var.to(x), eps=module.eps)
 
 
-def _patches(module: nn.Module, x: Tensor) -> Float[Tensor, "batch groups positions cols"]:
+def _patches(module: nn.Module, x: Tensor, scratch: dict[str, Tensor]) -> Float[Tensor, "batch groups positions cols"]:
     """What each position reads, channels last, so that a row of taps is one run of memory."""
     if isinstance(module, nn.Linear):
         return x.reshape(len(x), 1, -1, x.shape[-1])
     assert isinstance(module, _ConvNd)
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-    x = F.pad(x, module._reversed_padding_repeated_twice).movedim(1, -1)
+    x, pads = x.movedim(1, -1), module._reversed_padding_repeated_twice
+    if set(kernel) == {1} and not any(pads):
+        for axis, step in enumerate(stride, start=1):
+            x = x[(slice(None),) * axis + (slice(None, None, step),)]
+        return x.reshape(len(x), -1, module.groups, x.shape[-1] // module.groups).transpose(1, 2)
     if len(kernel) == 1:
         x, kernel, stride, dilation = x[:, None], (1, *kernel), (1, *stride), (1, *dilation)
-    x = x.contiguous()
-    n, _, _, channels = x.shape
-    out = [
-        (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(x.shape[1:3], kernel, stride, dilation, strict=True)
-    ]
-    steps = x.stride()
-    shape = (n, *out, *kernel, module.groups, channels // module.groups)
-    strides = [steps[0], *(a * s for a, s in zip(steps[1:3], stride, strict=True)),
-               *(a * d for a, d in zip(steps[1:3], dilation, strict=True)), channels // module.groups, 1]  # fmt: skip
-    taps = x.as_strided(shape, strides).permute(0, 5, 1, 2, 3, 4, 6)
-    return taps.reshape(n, module.groups, out[0] * out[1], -1)
+        pads = [*pads, 0, 0]
+    n, height, width, channels = x.shape
+    padded = _room(scratch, "padded", (n, height + sum(pads[2:]), width + sum(pads[:2]), channels), x)
+    if any(pads):
+        padded.zero_()
+    padded[:, pads[2] : pads[2] + height, pads[0] : pads[0] + width] = x
+    shape, steps = padded.shape[1:3], padded.stride()
+    out = [(a - d * (k - 1) - 1) // s + 1 for a, k, s, d in zip(shape, kernel, stride, dilation, strict=True)]
+    apart = [a * s for a, s in zip(steps[1:3], stride, strict=True)]
+    taps = [a * d for a, d in zip(steps[1:3], dilation, strict=True)]
+    each = channels // module.groups
+    seen = padded.as_strided((n, module.groups, *out, *kernel, each), (steps[0], each, *apart, *taps, 1))
+    return _room(scratch, "patches", tuple(seen.shape), x).copy_(seen).view(n, module.groups, out[0] * out[1], -1)

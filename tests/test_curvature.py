@@ -648,18 +648,12 @@ class Twice(nn.Module):
         return self.layer(self.layer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-def test_padding_that_is_wider_on_one_side_is_torchs_own():
+def test_padding_that_is_wider_on_one_side_is_torchs_own(dtype):
     """Against autograd, sample by sample; this cannot see the columns of a loss."""
-    conv = nn.Conv2d(3, 2, (2, 4), padding="same").double()
-    x = torch.randn(3, 3, 5, 6, dtype=torch.float64)
-    y = conv(x)
-    grads = torch.randn(2, *y.shape, dtype=torch.float64)
-    total = torch.zeros_like(conv.weight)
-    for column in grads:
-        for sample, grad in zip(x, column, strict=True):
-            total += torch.autograd.grad(conv(sample[None])[0], conv.weight, grad)[0].square()
-    assert torch.allclose(squared_gradients(conv, x, stacked(conv, grads))["weight"].total, total, rtol=1e-12)
+    conv = nn.Conv2d(3, 2, (2, 4), padding="same", dtype=dtype)
+    compare(conv, torch.randn(3, 3, 5, 6, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -724,7 +718,7 @@ def by_autograd(module, x, grads, name):
 
 def stacked(module, grads):
     """The gradients as `exact` hands them over."""
-    return torch.stack([positions(module, g) for g in grads], 2)
+    return torch.stack([positions(module, g) for g in grads], 1)
 
 
 def compare(module, x, columns=3):
@@ -737,7 +731,10 @@ def compare(module, x, columns=3):
                 expected = by_autograd(module, x, grads, name)[per]
                 for one, other in zip(found[name], expected if drawn else expected[:1], strict=False):
                     assert one.shape == other.shape
-                    assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+                    if x.dtype == torch.float64:
+                        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+                    else:  # another kernel, and rounding
+                        assert gap(one, other) < 1e-4
 
 
 @given(st.data())
@@ -753,11 +750,12 @@ def test_squares_of_any_convolution_are_those_of_autograd(data):
     stride = tuple(draw(1, 3) for _ in range(dims))
     padding = data.draw(st.sampled_from(["valid", "number", *(["same"] if odd and set(stride) == {1} else [])]))
     torch.manual_seed(draw(0, 9))
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32]))
     module = (nn.Conv1d, nn.Conv2d)[dims - 1](
         groups * draw(1, 2), groups * draw(1, 2), kernel, stride, draw(0, 2) if padding == "number" else padding,
-        dilation, groups, bias=data.draw(st.booleans()),
-    ).double()  # fmt: skip
-    compare(module, torch.randn(draw(1, 3), module.in_channels, *[draw(5, 7)] * dims, dtype=torch.float64), draw(1, 30))
+        dilation, groups, bias=data.draw(st.booleans()), dtype=dtype,
+    )  # fmt: skip
+    compare(module, torch.randn(draw(1, 3), module.in_channels, *[draw(5, 7)] * dims, dtype=dtype), draw(1, 30))
 
 
 @given(st.integers(1, 4), st.lists(st.integers(1, 3), max_size=2), st.integers(1, 4), st.integers(1, 4))
