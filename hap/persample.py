@@ -129,9 +129,8 @@ def _products(u: Tensor, g: Tensor, scratch: dict[str, Tensor]) -> Float[Tensor,
 
 def _has_fast_groups(module: nn.Module, x: Tensor) -> bool:
     """Whether the kernel of a grouped convolution beats patches and a product: on a CPU with oneDNN it does, twice."""
-    if not isinstance(module, _ConvNd) or math.prod(module.kernel_size) == 1:
-        return False
-    return x.device.type == "cpu" and x.dtype == torch.float32 and bool(torch._C._has_mkldnn)
+    spatial = isinstance(module, _ConvNd) and math.prod(module.kernel_size) > 1
+    return spatial and x.device.type == "cpu" and x.dtype == torch.float32 and bool(torch._C._has_mkldnn)
 
 
 def _by_kernel(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
@@ -151,8 +150,7 @@ def _by_kernel(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
         g.reshape(1, len(weight), *out), x.reshape(1, -1, *x.shape[2:]), weight, None, module.stride, inside,
         module.dilation, False, [0] * len(out), n * conv_groups, [False, True, False],
     )  # fmt: skip
-    gradients: Tensor = found.reshape(n, conv_groups, columns, rows, -1)
-    return gradients
+    return found.reshape(n, conv_groups, columns, rows, -1)  # type: ignore[no-any-return]
 
 
 def _room(scratch: dict[str, Tensor], name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -175,15 +173,13 @@ def _one_position(u2: Tensor, g2: Tensor, per: Per, drawn: bool) -> Squares:
 
 
 def _weights(d2: Float[Tensor, "batch columns groups rows cols"], drawn: bool) -> Squares:
-    total = d2.sum((0, 1))
-    if not drawn:
-        return Squares(total)
-    return Squares(total, d2[:, -1].sum(-1).flatten(1), d2[:, -1].square().sum(0))
+    last = d2[:, -1]
+    return Squares(d2.sum((0, 1)), *((last.sum(-1).flatten(1), last.square().sum(0)) if drawn else ()))
 
 
 def _rows(d2: Float[Tensor, "batch columns groups rows"], drawn: bool) -> Squares:
     d2 = d2.flatten(2)
-    return Squares(d2.sum((0, 1)), d2[:, -1], d2[:, -1].square().sum(0)) if drawn else Squares(d2.sum((0, 1)))
+    return Squares(d2.sum((0, 1)), *((d2[:, -1], d2[:, -1].square().sum(0)) if drawn else ()))
 
 
 def _shaped(parameter: Tensor, squares: Squares, natural: bool = False) -> Squares:
