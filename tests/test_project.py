@@ -1,6 +1,7 @@
 """The files around the package agree with each other, and what the documents tell people to write works."""
 
 import ast
+import csv
 import os
 import re
 import shlex
@@ -207,3 +208,14 @@ def _committed() -> list[str]:
     if done.returncode:
         pytest.skip("which files are committed is not known: this is no git checkout, or git is missing")
     return [name for name in done.stdout.split("\0") if name]
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_evidence():
+    """The table of rankings, to the digits that are shown."""
+    with (ROOT / "results" / "tables" / "probes-cifar10.csv").open() as file:
+        rows = {row["case"]: row for row in csv.DictReader(file)}
+    quoted = re.findall(r"^\|.*\(`(r20-.+)`\) \| ([\d.]+) \| ([\d.]+) \|$", README, flags=re.MULTILINE)
+    assert len(quoted) >= 4
+    for case, correlation, overlap in quoted:
+        assert f"{float(rows[case]['spearman_mean']):.2f}" == correlation
+        assert f"{float(rows[case]['overlap_mean']):.2f}" == overlap
