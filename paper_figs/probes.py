@@ -15,7 +15,7 @@ def draw(spec, runs, out_dir: Path) -> list[Path]:
     found = [(case, runs[name]) for name, case in spec.cases.items() if case.reference is not None and runs.get(name)]
     files = []
     if lines := _by_probes(found):
-        with style.figure(2, 5.2) as (made, axes):
+        with style.figure(2, 5.5) as (made, axes):
             for axis, (metric, title) in zip(axes, PANELS, strict=True):
                 _ranking(axis, lines, metric)
                 axis.set_title(title, loc="left")
@@ -23,7 +23,7 @@ def draw(spec, runs, out_dir: Path) -> list[Path]:
             axes[1].set_xlabel("probes, or sweeps of one probe a layer")
             axes[1].set_xscale("log")
             handles = axes[0].get_legend_handles_labels()
-            made.legend(*handles, loc="outside lower center", ncols=2, frameon=False, title=CAPTION, title_fontsize=6)
+            made.legend(*handles, loc="outside lower center", ncols=1, frameon=False, title=CAPTION, title_fontsize=6)
             files += style.save(made, out_dir / f"{spec.name}-ranking")
     if panels := _by_budget(found):
         with style.figure(len(panels), 0.9 + 1.9 * len(panels)) as (made, axes):
