@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hap import HapError
 from hap.graph import piecewise_linear, refuse_shared, sources
 from hap.groups import Groups
-from hap.layers import is_mixing
+from hap.layers import is_mixing, name_of
 from hap.losses import Batches, Loss
 from hap.measuring import Seen, chunks, counting, measuring, see
 from hap.persample import Per, is_known, positions, squared_gradients
@@ -64,7 +64,7 @@ def exact(
     if strange and not isinstance(batches, Sequence):
         batches = list(batches)  # they are read twice
     tally, size = Tally(groups), 0
-    with measuring(model, [_full(layer, own) for layer, names in layers.items() for own in names]) as params:
+    with measuring(model, [name_of(layer, own) for layer, names in layers.items() for own in names]) as params:
         device = next(iter(params.values())).device
         # without its cache of casts: a weight that is used twice must be seen twice
         passes = partial(torch.autocast, device.type, autocast, autocast is not None, cache_enabled=False)
@@ -113,9 +113,10 @@ class _Way:
 
     def add(self, tally: Tally, params: Mapping[str, nn.Parameter], inputs: Any, targets: Tensor) -> None:
         """Measures a chunk."""
-        column = 0
+        column, written = 0, set[str]()
 
         def sink(name: str, grad: Tensor) -> None:
+            written.add(name)
             self.buffers[name][: len(grad), column] = positions(self.model.get_submodule(name), grad)
 
         outputs, seen = self.see(inputs, sink)
@@ -129,15 +130,17 @@ class _Way:
         ends = [edge for edge in edges if edge.node in last]
         for column, vector in enumerate(vectors):
             torch.autograd.grad(outputs, ends, vector, retain_graph=column < len(vectors) - 1)
+        for name in seen.keys() - written:  # not reached this time; what it holds is of another chunk
+            self.buffers[name].zero_()
         for name, each in seen.items():
             module, own, g = self.model.get_submodule(name), self.layers[name], self.buffers[name][: len(targets)]
             found = squared_gradients(module, each.x, g, own, per=self.per, drawn=drawn, scratch=self.scratch)
             for key, squares in found.items():
-                tally.add(name, _full(name, key), squares)
+                tally.add(name, name_of(name, key), squares)
         tally.end()
 
     def make_room(self, seen: Mapping[str, Seen], samples: int, columns: int) -> None:
-        """Buffers for what the layers wrote; a gradient that never comes is zero."""
+        """Buffers for the gradients of what the layers wrote."""
         for name, each in seen.items():
             if len(each.x) != samples:
                 raise HapError(f"curvature: {name} reads {len(each.x)} samples where the batch has {samples}")
@@ -174,11 +177,7 @@ def _sort(model: nn.Module, of: str, unknown: int | None) -> tuple[dict[str, lis
             why = f"is not known; {KNOWN} are" if pads == "zeros" else f"pads with {pads}; only zeros are known"
             raise HapError(f"curvature: {name} ({type(module).__name__}) {why}; unknown=PROBES leaves it to probes")
         else:
-            strange += [_full(name, each) for each in own]
+            strange += [name_of(name, each) for each in own]
     if not layers:
         raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
     return layers, strange
-
-
-def _full(layer: str, own: str) -> str:
-    return f"{layer}.{own}".removeprefix(".")  # the model itself is nameless

@@ -62,7 +62,12 @@ def first_tensor(args: Any, kwargs: Any) -> Tensor:
 
 def weight_of(name: str) -> str:
     """The name of a module's weight."""
-    return f"{name}.weight".removeprefix(".")  # the model itself is nameless
+    return name_of(name, "weight")
+
+
+def name_of(layer: str, own: str) -> str:
+    """The name that a module's own parameter has in the model."""
+    return f"{layer}.{own}".removeprefix(".")  # the model itself is nameless
 
 
 def is_mixing(module: nn.Module) -> bool:

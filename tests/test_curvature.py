@@ -278,6 +278,23 @@ def test_a_layer_that_reaches_nothing_has_no_curvature():
     assert (guessed.diagonal["off.weight"] == 0).all()
 
 
+def test_a_layer_that_only_some_chunks_reach_keeps_nothing_of_the_others():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.other = nn.Linear(3, 4), nn.Linear(3, 4)
+
+        def forward(self, x):
+            y = self.other(x)
+            return self.always(x) + (y if float(x.detach().sum()) > 0 else 0)
+
+    torch.manual_seed(0)
+    model, x = Sometimes().double(), torch.rand(4, 3, dtype=torch.float64)
+    on, off = (x, torch.randint(0, 4, (4,))), (-x, torch.randint(0, 4, (4,)))
+    alone, both = exact(model, CrossEntropy(), [on]), exact(model, CrossEntropy(), [on, off])
+    assert torch.allclose(both.diagonal["other.weight"], alone.diagonal["other.weight"] / 2)
+
+
 def test_a_pass_to_the_sources_passes_all():
     x = torch.randn(3, requires_grad=True)
     a, b = x * 2, x * 3
@@ -480,18 +497,19 @@ def test_probes_together_are_the_probes_one_by_one(block):
     assert torch.allclose(four.halves, one.halves)
 
 
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad if float(x.detach().sum()) else grad
+
+
 def test_what_cannot_be_vectorised_is_done_one_by_one():
-    class Square(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x.square()
-
-        @staticmethod
-        def backward(ctx, grad):
-            (x,) = ctx.saved_tensors
-            return 2 * x * grad if float(x.detach().sum()) else grad
-
     class Squared(nn.Module):
         def __init__(self):
             super().__init__()
@@ -807,15 +825,8 @@ def test_batch_statistics_and_strange_forwards_are_refused():
 
 
 def test_a_strangers_function_is_not_believed_by_its_name():
-    class Relu(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x.square()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 2 * ctx.saved_tensors[0] * grad
+    class Relu(Square):
+        """A square by another name."""
 
     x = torch.randn(3, requires_grad=True)
     assert not piecewise_linear(Relu.apply(x).sum())
