@@ -10,6 +10,7 @@ References, cited as [key] in the docstrings:
 [Schraudolph02] Schraudolph. Fast curvature matrix-vector products. Neural Computation 14, 2002.
 [Goodfellow15] Goodfellow. Efficient per-example gradient computations. arXiv 1510.01799, 2015.
 [Li17]         Li, Kadav, Durdanovic, Samet, Graf. Pruning Filters for Efficient ConvNets. ICLR 2017.
+[Hinton15]     Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. arXiv 1503.02531, 2015.
 [Molchanov19]  Molchanov, Mallya, Tyree, Frosio, Kautz. Importance Estimation for Neural Network Pruning. CVPR 2019.
 
 Names are resolved on first use, so that importing `hap` costs nothing and `hap --help` need not wait for torch.

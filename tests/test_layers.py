@@ -3,8 +3,9 @@
 The core follows the listing of the design, with more modules, each before its first reader: `patch` is the module that
 surgery adds, `layers` says what modules are, `taps` is what a model looks like to tracing; `losses`, `persample`,
 `tally` and `graph` are what curvature is built of. The harness deviates in that what has no readers yet to come moves
-up: `binding` (how a name in a spec becomes a function), `files` and `provenance` know nothing of the rest; `tasks`
-comes before `training`, which trains a Task, and so before `spec`, which holds a Recipe; the single tasks come after
+up: `binding` (how a name in a spec becomes a function), `files`, `provenance`, `events` and `recipe` know nothing of
+the rest; `batchnorm`, `stepping` and `checkpoints` are what training is built of; `tasks` comes before `training`,
+which trains a Task, and so before `spec`, which holds a Recipe; the single tasks come after
 it, for they train themselves.
 """
 
@@ -25,8 +26,9 @@ CORE = (
     "implants cost testing"
 ).split()
 HARNESS = (
-    "files binding provenance tasks training tasks.cache tasks.nets tasks.data tasks.digits_preresnet "
-    "tasks.cifar10 tasks.cifar10_resnet20 tasks.cifar10_resnet56 spec scoring run store judge plugin report doctor cli"
+    "files binding provenance events recipe tasks batchnorm stepping checkpoints training "
+    "tasks.cache tasks.nets tasks.data tasks.digits_preresnet tasks.cifar10 tasks.cifar10_resnet20 "
+    "tasks.cifar10_resnet56 spec scoring run store judge plugin report doctor cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 

@@ -1,6 +1,9 @@
-"""Files written whole or not at all; knows nothing of what is in them."""
+"""Files written whole or not at all, by one process at a time; knows nothing of what is in them."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hap import HapError
@@ -20,3 +23,42 @@ def atomic_write(file: Path, content: bytes) -> None:
         raise HapError(f"{file}: cannot be written ({error.strerror}); what was there before is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache() -> Path:
+    """Where trained networks and unfinished trainings lie: $HAP_CACHE, else ./.hap."""
+    return Path(os.environ.get("HAP_CACHE") or ".hap")
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Holds the file for this process, waiting for another; the system lets go when a process dies."""
+    lock = file.with_name(f".{file.name}.lock")
+    descriptor = _acquire(lock)
+    try:
+        for left in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(lock: Path) -> int:
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise HapError(f"{lock}: cannot be written ({error.strerror})") from None
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _same(descriptor, lock):
+            return descriptor
+        os.close(descriptor)  # the holder removed the file while this process waited for it
+
+
+def _same(descriptor: int, lock: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), lock.stat())
+    except FileNotFoundError:
+        return False

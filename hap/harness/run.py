@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from hap import HapError
 from hap.cost import latency, macs, params
 from hap.groups import Groups, couple
+from hap.harness.batchnorm import recalibrate
 from hap.harness.binding import Ref
 from hap.harness.provenance import code, environment
 from hap.harness.scoring import Scoring, dense
@@ -37,8 +39,11 @@ STARTS = {
 }
 
 
-def run(case: Case, seed: int, *, say: Say = silent) -> "Run":
-    """The record of one case and one seed: score the groups of a trained model, prune them, fine-tune, test [Yu22]."""
+def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -> "Run":
+    """The record of one case and one seed: score the groups of a trained model, prune them, fine-tune, test [Yu22].
+
+    `keep`: a folder for the epochs of the fine-tuning, so that one that was killed goes on.
+    """
     clock = Clock(say)
     with clock("task"):
         task: Task = case.task.load()(seed, **case.task.options)
@@ -50,10 +55,13 @@ def run(case: Case, seed: int, *, say: Say = silent) -> "Run":
         prune = one_shot(score, _bound(case.implant), clock) if case.score else _bound(case.method)
         with clock("prune"):
             pruned, chosen = prune(task, groups, case.budget, rng=generator(seed, "prune"))
+            if case.recalibrate:
+                recalibrate(pruned, task.batches, task.loss.call)
         before = snapshot(pruned)
         with clock("finetune"):
-            rng = generator(seed, "finetune")
-            curve = fit(pruned, task, case.finetune, rng=rng, say=clock.during) if case.finetune else Curve([], [])
+            rng, curve = generator(seed, "finetune"), Curve([], [])
+            if case.finetune:
+                curve = fit(pruned, task, case.finetune, rng=rng, say=clock.during, keep=keep)
         with clock("evaluate"):
             whole = dense(case, seed, lambda: task.evaluate(task.model, "test"))
             metrics, epochs = examine(task, whole, pruned, before, curve)
@@ -77,7 +85,7 @@ def run(case: Case, seed: int, *, say: Say = silent) -> "Run":
         code=code(),
         data=asdict(task.data),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        warnings=score.warnings,
+        warnings=[*score.warnings, *curve.notes],
     )
 
 
@@ -103,7 +111,7 @@ def examine(
     task: Task, dense: dict[str, float], pruned: nn.Module, before: State, curve: Curve
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
     """The stages and the epochs on the test set, which is looked at here and nowhere else, after all is decided."""
-    one, *tested = [task.evaluate(_restored(pruned, state), "test") for state in (before, *curve.snapshots)]
+    one, *tested = [task.evaluate(_restored(pruned, state), "test") for state in (before, *curve.states())]
     metrics = {"dense": dense, "one_shot": one, "selected": one, "last": one, "best_test_epoch": one}
     if tested:
         # upstream: reports the epoch that is best on the test set; recorded as what it is, and never selected by

@@ -42,6 +42,7 @@ class Case(Strict):
     coupling: Coupling = "union"
     implant: Ref | None = None
     budget: InstanceOf[Budget]
+    recalibrate: bool = False  # the statistics of BatchNorm, after surgery
     finetune: InstanceOf[Recipe] | None = None
 
     @property

@@ -3,11 +3,9 @@
 A file lock, which the system releases when a process dies, keeps two processes from making the same record.
 """
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 import hap.harness.run as procedure
 from hap import HapError
 from hap.harness.binding import mistake, wrong
-from hap.harness.files import atomic_write
+from hap.harness.files import atomic_write, cache, locked
 from hap.harness.run import Run
 from hap.harness.spec import Case, Spec
 from hap.harness.training import Say, silent
@@ -49,14 +47,19 @@ def save(run: Run, results: Path) -> Path:
 
 
 def ensure(case: Case, seed: int, results: Path, *, again: bool = False, say: Say = silent) -> Run:
-    """The record of a case and a seed: the one that is there, else made now; `again` makes it anew."""
+    """The record of a case and a seed: the one that is there, else made now; `again` makes it anew.
+
+    A fine-tuning that was killed goes on from its last epoch, which lies in the cache until the record is there.
+    """
     file = path(results, case, seed)
     if file.exists() and not again:
         return load(file)
-    with _locked(file):
+    with locked(file):
         if file.exists() and not again:  # another process made it while this one waited
             return load(file)
-        save(procedure.run(case, seed, say=say), results)
+        training = cache() / "training" / case.spec / f"{case.name}-{case.key}-seed{seed}"
+        save(procedure.run(case, seed, say=say, keep=training), results)
+        shutil.rmtree(training, ignore_errors=True)
     return load(file)
 
 
@@ -65,39 +68,6 @@ def evidence(spec: Spec, results: Path, cases: Sequence[str | None] | None = Non
     wanted = [case for case in spec.cases.values() if cases is None or case.name in cases]
     files = {case.name: [path(results, case, seed) for seed in spec.seeds] for case in wanted}
     return {name: [load(file) for file in each if file.exists()] for name, each in files.items()}
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    lock = file.with_name(f".{file.name}.lock")
-    descriptor = _acquire(lock)
-    try:
-        for left in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _acquire(lock: Path) -> int:
-    while True:
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
-        except OSError as error:
-            raise HapError(f"{lock}: cannot be written ({error.strerror})") from None
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _same(descriptor, lock):
-            return descriptor
-        os.close(descriptor)  # the holder removed the file while this process waited for it
-
-
-def _same(descriptor: int, lock: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), lock.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _read(content: bytes) -> Run:

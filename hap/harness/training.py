@@ -1,86 +1,54 @@
-"""The one training loop: SGD, a schedule, validation after each epoch, selection; does not know what it trains."""
+"""The one training loop: SGD, a schedule, validation after each epoch, selection; does not know what it trains.
 
+Nothing within an epoch waits for the device: the data lies there, and the loss is read when the epoch is over. With a
+folder, every epoch is kept there, and a training that was killed goes on from the last one to the same result.
+"""
+
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hap import HapError
+from hap.harness.checkpoints import Keeper, Point
+from hap.harness.checkpoints import State as State
+from hap.harness.events import Event as Event
+from hap.harness.events import Say as Say
+from hap.harness.events import silent as silent
+from hap.harness.provenance import code
+from hap.harness.recipe import Recipe as Recipe
+from hap.harness.recipe import learning_rate as learning_rate
+from hap.harness.stepping import LEAST, Stepper, memory_ran_out
 from hap.harness.tasks import Task
-
-SCHEDULES = ("step", "cosine", "constant")
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: everything that decides the result but the seed."""
-
-    epochs: int
-    lr: float
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    batch_size: int = 128
-    schedule: str = "step"  # "step" (a tenth at 50 and 75 %), "cosine" or "constant"
-    warmup_epochs: float = 0.0
-    nesterov: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses a recipe that cannot be followed."""
-        for name, rule, holds in self._rules():
-            if not holds:
-                raise HapError(f"recipe: {name} must be {rule}, found {getattr(self, name)!r}")
-
-    def _rules(self) -> list[tuple[str, str, bool]]:
-        return [
-            ("epochs", "at least 1", self.epochs >= 1),
-            ("lr", "positive and finite", 0 < self.lr < math.inf),
-            ("momentum", "in [0, 1)", 0 <= self.momentum < 1),
-            ("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf),
-            ("batch_size", "at least 1", self.batch_size >= 1),
-            ("schedule", f"one of {', '.join(SCHEDULES)}", self.schedule in SCHEDULES),
-            ("warmup_epochs", f"in [0, epochs = {self.epochs}]", 0 <= self.warmup_epochs <= self.epochs),
-            ("nesterov", "false without momentum", not self.nesterov or self.momentum > 0),
-        ]
-
-
-class Event(str):
-    """A line of progress; `fraction` of the stage is done, where that is known."""
-
-    fraction: float | None
-
-    def __new__(cls, text: str, fraction: float | None = None) -> "Event":
-        """A string that carries the fraction."""
-        event = super().__new__(cls, text)
-        event.fraction = fraction
-        return event
-
-
-Say = Callable[[Event], None]
-
-
-def silent(event: Event) -> None:
-    """Says nothing."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What happened in each epoch: a row of numbers and the state of the model, on the CPU."""
+    """What happened in each epoch: a row of numbers and the state of the model, on the CPU or on disk."""
 
     epochs: list[dict[str, Any]]
-    snapshots: list[State]
+    snapshots: Sequence[State | Callable[[], State]]  # none where they were not asked for
+    notes: list[str] = field(default_factory=list)  # what the record must say of the training
 
     @property
     def selected(self) -> int:
         """The epoch of best validation accuracy; of equals, that of lower loss, then the earlier."""
         found = [row["validation"] for row in self.epochs]
         return max(range(len(found)), key=lambda i: (found[i]["accuracy"], -found[i]["loss"], -i))
+
+    def states(self) -> Iterator[State]:
+        """The snapshots, one at a time."""
+        for each in self.snapshots:
+            yield each() if callable(each) else each
 
 
 @contextmanager
@@ -94,70 +62,167 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def fit(model: nn.Module, task: Task, recipe: Recipe, *, rng: torch.Generator, say: Say = silent) -> Curve:
-    """Trains the model in place and returns the curve; HapError if the loss stops being a number."""
-    optimiser = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-        fused=True,
-    )
-    curve = Curve([], [])
-    with threads(task.threads):
-        for epoch in range(recipe.epochs):
-            row = _row(model, task, recipe, optimiser, epoch, rng)
-            curve.epochs.append(row)
-            curve.snapshots.append(snapshot(model))
-            say(Event(_line(row, recipe), (epoch + 1) / recipe.epochs))
-    return curve
+def fit(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    *,
+    rng: torch.Generator,
+    say: Say = silent,
+    keep: Path | None = None,
+    snapshots: bool = True,
+) -> Curve:
+    """Trains the model in place and returns the curve; HapError if the loss stops being a number.
+
+    `keep`: a folder for each epoch, which must be this training's own; what is whole there is gone on from.
+    `snapshots`: whether the curve has the model after each epoch.
+    """
+    if recipe.distil is not None and task.model is model:
+        raise HapError(f"{task.name}: recipe.distil needs a dense model to learn from, found the model that is trained")
+    with threads(task.threads), exactly():
+        trainer = _Trainer(model, task, recipe, rng, say)
+        keeper = None if keep is None else Keeper(keep, trainer.identity(snapshots), snapshots)
+        states = trainer.resume(keeper)
+        for epoch in range(len(trainer.rows), recipe.epochs + recipe.stabilise):
+            trainer.epoch(epoch)
+            if keeper is not None:
+                keeper.save(trainer.point())
+            if snapshots:
+                states.append(partial(keeper.model, epoch + 1) if keeper is not None else snapshot(model))
+    return Curve(trainer.rows, states, trainer.step.notes)
 
 
-def _row(
-    model: nn.Module, task: Task, recipe: Recipe, optimiser: torch.optim.SGD, epoch: int, rng: torch.Generator
-) -> dict[str, Any]:
-    start = time.perf_counter()
-    loss, lr = _epoch(model, task, recipe, optimiser, epoch, rng)
-    if not math.isfinite(loss):
-        raise HapError(
-            f"{task.name}: the training loss must be finite, found {loss} in epoch {epoch + 1} of {recipe.epochs} "
-            f"at learning rate {lr:.3g}; lower finetune.lr or set finetune.warmup_epochs"
-        )
-    row = {"epoch": epoch, "lr": lr, "train_loss": loss, "validation": task.evaluate(model, "validation")}
-    return {**row, "seconds": time.perf_counter() - start}
+@dataclass
+class _Trainer:
+    """A training between two epochs."""
+
+    model: nn.Module
+    task: Task
+    recipe: Recipe
+    rng: torch.Generator
+    say: Say
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        self.step = Stepper(self.model, self.task, recipe, recipe.micro_batch or recipe.batch_size)
+        chosen = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay, "nesterov": recipe.nesterov}
+        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=recipe.lr, fused=True, **chosen)  # type: ignore[arg-type]
+
+    def epoch(self, number: int) -> None:
+        """One epoch; again with smaller micro-batches where memory runs out, told once."""
+        start, before, told = time.perf_counter(), self.point(), len(self.step.notes)
+        while True:
+            try:
+                loss, lr = self._pass(number) if number < self.recipe.epochs else self._stabilise()
+                break
+            except RuntimeError as error:
+                if not memory_ran_out(error):
+                    raise
+                if not self.step.halve():
+                    raise HapError(
+                        f"{self.task.name}: memory ran out with micro-batches of {LEAST} samples "
+                        f"({' '.join(str(error).split())[:120]})"
+                    ) from None
+            self._restore(before)
+            torch.cuda.empty_cache()
+        if not math.isfinite(loss):
+            raise HapError(
+                f"{self.task.name}: the training loss must be finite, found {loss} in epoch {number + 1} of "
+                f"{self.recipe.epochs} at learning rate {lr:.3g}; lower finetune.lr or set finetune.warmup_epochs"
+            )
+        found = self.task.evaluate(self.model, "validation")
+        row = {"epoch": number, "lr": lr, "train_loss": loss, "validation": found}
+        self.rows.append({**row, "seconds": time.perf_counter() - start})
+        for note in self.step.notes[told:]:
+            self.say(Event(f"warning: {note}"))
+        self.say(Event(_line(self.rows[-1], self.recipe), min(1.0, len(self.rows) / self.recipe.epochs)))
+
+    def point(self) -> Point:
+        """Where the training is, copied."""
+        momentum = {
+            f"momentum.{i}": found["momentum_buffer"].detach().to("cpu", copy=True)
+            for i, found in self.optimiser.state_dict()["state"].items()
+            if found.get("momentum_buffer") is not None
+        }
+        trainer = {**momentum, "rng": self.rng.get_state()}
+        return Point(list(self.rows), snapshot(self.model), trainer, self.step.micro_batch, list(self.step.notes))
+
+    def resume(self, keeper: Keeper | None) -> list[State | Callable[[], State]]:
+        """Goes to the last epoch that was kept, and says so; the snapshots so far."""
+        point = None if keeper is None else keeper.load()
+        if keeper is None:
+            return []
+        for line in keeper.told:
+            self.say(Event(f"warning: {line}"))
+        if point is None:
+            keeper.clear()
+            return []
+        self._restore(point)
+        self.rows, self.step.micro_batch = list(point.rows), point.micro_batch
+        self.step.notes += point.notes
+        self.say(Event(f"goes on after epoch {len(self.rows)} of {self.recipe.epochs}"))
+        return [partial(keeper.model, i + 1) for i in range(len(self.rows))] if keeper.every else []
+
+    def identity(self, snapshots: bool) -> str:
+        """A digest of everything that decides the result, the code included."""
+        task = self.task
+        decides = [asdict(self.recipe), task.name, task.data.sha256, task.train_size, task.threads, snapshots]
+        machine = [torch.__version__, torch.get_num_threads(), str(next(self.model.parameters()).device)]
+        total = sha256(json.dumps([decides, machine, code()["sha256"]], sort_keys=True).encode())
+        for state in (snapshot(self.model), {"rng": self.rng.get_state()}):
+            for name, value in state.items():
+                total.update(name.encode() + value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
+    def _restore(self, point: Point) -> None:
+        self.model.load_state_dict(point.model)
+        self.rng.set_state(point.trainer["rng"])
+        self.optimiser.state.clear()
+        for i, parameter in enumerate(self.optimiser.param_groups[0]["params"]):
+            if (momentum := point.trainer.get(f"momentum.{i}")) is not None:
+                kept = torch.empty_like(parameter).copy_(momentum)  # in the parameter's memory format
+                self.optimiser.state[parameter]["momentum_buffer"] = kept
+
+    def _pass(self, epoch: int) -> tuple[float, float]:
+        """Mean loss over the samples of one epoch, and its last learning rate."""
+        self.model.train()
+        steps = math.ceil(self.task.train_size / self.recipe.batch_size)
+        total, samples, lr = torch.zeros(()), 0, self.recipe.lr
+        self.optimiser.zero_grad(set_to_none=True)
+        for step, (inputs, targets) in enumerate(self.task.train(self.recipe.batch_size, self.rng)):
+            lr = self.optimiser.param_groups[0]["lr"] = learning_rate(self.recipe, epoch + step / steps, 1 / steps)
+            loss = self.step(inputs, targets)
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+            # kept on the device: reading it here would make every step wait for the last
+            total = total.to(loss.device) + loss * len(targets)
+            samples += len(targets)
+        return float(total) / samples, lr
+
+    @torch.no_grad()
+    def _stabilise(self) -> tuple[float, float]:
+        """A pass in train mode without a step: the statistics of BatchNorm become those of the final weights.
+
+        # upstream: does so after fine-tuning, and reports the better of the best epoch and this one.
+        """
+        self.model.train()
+        total, samples = torch.zeros(()), 0
+        for inputs, targets in self.task.train(self.recipe.batch_size, self.rng):
+            loss = self.task.loss(self.model, (inputs, targets))
+            total, samples = total.to(loss.device) + loss * len(targets), samples + len(targets)
+        return float(total) / samples, 0.0
 
 
-def _epoch(
-    model: nn.Module, task: Task, recipe: Recipe, optimiser: torch.optim.SGD, epoch: int, rng: torch.Generator
-) -> tuple[float, float]:
-    """Mean loss over the samples of one epoch, and its last learning rate."""
-    model.train()
-    steps = math.ceil(task.train_size / recipe.batch_size)
-    total, samples, lr = torch.zeros(()), 0, recipe.lr
-    for step, (inputs, targets) in enumerate(task.train(recipe.batch_size, rng)):
-        lr = optimiser.param_groups[0]["lr"] = learning_rate(recipe, epoch + step / steps, 1 / steps)
-        loss = task.loss(model, (inputs, targets))
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        # kept on the device: reading it here would make every step wait for the last
-        total = total.to(loss.device) + loss.detach() * len(targets)
-        samples += len(targets)
-    optimiser.zero_grad(set_to_none=True)
-    return float(total) / samples, lr
-
-
-def learning_rate(recipe: Recipe, epochs: float, ahead: float = 0.0) -> float:
-    """The learning rate after `epochs`, fractions included; a warm-up counts the step `ahead` as taken."""
-    done = epochs / recipe.epochs
-    factor = {
-        "constant": 1.0,
-        "cosine": (1 + math.cos(math.pi * done)) / 2,
-        "step": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
-    }[recipe.schedule]
-    warm = min(1.0, (epochs + ahead) / recipe.warmup_epochs) if recipe.warmup_epochs else 1.0
-    return recipe.lr * factor * warm
+@contextmanager
+def exactly() -> Iterator[None]:
+    """The same numbers each time on one machine: convolutions of fixed algorithms."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
 
 
 def snapshot(model: nn.Module) -> State:

@@ -122,7 +122,7 @@ def test_what_decides_the_weights_names_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HAP_CACHE", str(tmp_path))
     made = []
 
-    def train():
+    def train(folder):
         made.append(len(made))
         return {"weight": torch.full((2, 2), float(len(made))).T}
 

@@ -1,7 +1,7 @@
 """Trained weights kept on disk under everything that decides them; knows nothing of how they are trained."""
 
 import inspect
-import os
+import shutil
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from hap.harness.files import atomic_write
+from hap.harness.files import atomic_write, cache, locked
 
 
 def cached(
@@ -19,22 +19,32 @@ def cached(
     seed: int,
     decides: Sequence[object],
     sources: Sequence[ModuleType],
-    train: Callable[[], dict[str, Tensor]],
+    train: Callable[[Path], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """The weights of `train()`, from $HAP_CACHE or ./.hap where they lie undamaged.
+    """The weights of `train(folder)`, from $HAP_CACHE or ./.hap where they lie undamaged.
+
+    The folder is for what a training that is killed goes on from; it goes when the weights are there.
 
     Named by the seed, the values in `decides`, the text of the modules in `sources` and the version of torch: a change
     of any of them trains anew.
     """
     texts = [repr(value) for value in decides] + [inspect.getsource(module) for module in sources]
     key = sha256("\0".join([torch.__version__, str(seed), *texts]).encode()).hexdigest()[:16]
-    file = Path(os.environ.get("HAP_CACHE") or ".hap") / f"{name}-seed{seed}-{key}.safetensors"
+    file = cache() / f"{name}-seed{seed}-{key}.safetensors"
     content = _undamaged(file)
     if content is None:
-        content = save({key: value.contiguous() for key, value in train().items()})
-        atomic_write(file, content)
-        atomic_write(_beside(file), sha256(content).hexdigest().encode())
+        with locked(file):
+            content = _undamaged(file) or _made(file, train)  # another process may have been faster
     return load(content)
+
+
+def _made(file: Path, train: Callable[[Path], dict[str, Tensor]]) -> bytes:
+    folder = file.with_suffix(".training")
+    content = save({key: value.contiguous() for key, value in train(folder).items()})
+    atomic_write(file, content)
+    atomic_write(_beside(file), sha256(content).hexdigest().encode())
+    shutil.rmtree(folder, ignore_errors=True)
+    return content
 
 
 def _undamaged(file: Path) -> bytes | None:

@@ -2,12 +2,13 @@
 
 import sys
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from hap.harness import training
+from hap.harness import recipe, stepping, training
 from hap.harness.tasks import Data, Task, data, nets
 from hap.harness.tasks.cache import cached
 from hap.harness.tasks.data import Images, Normalise, calibration, digest, epoch, measure
@@ -45,8 +46,8 @@ def task(seed: int, *, images: int = 512, batch: int = 128) -> Task:
         threads=1,
     )
     decides = [DEPTH, WIDTHS, RECIPE, NORMALISE, SPLITS, source.sha256]
-    sources = [nets, data, training, sys.modules[__name__]]
-    made.model.load_state_dict(cached(made.name, seed, decides, sources, lambda: _trained(made, seed)))
+    sources = [nets, data, training, stepping, recipe, sys.modules[__name__]]
+    made.model.load_state_dict(cached(made.name, seed, decides, sources, partial(_trained, made, seed)))
     made.model.eval()
     return made
 
@@ -56,8 +57,10 @@ def ready(**options: object) -> Data:
     return _digits()[1]
 
 
-def _trained(task: Task, seed: int) -> training.State:
-    return training.fit(task.model, task, RECIPE, rng=training.generator(seed, "train")).snapshots[-1]
+def _trained(task: Task, seed: int, keep: Path) -> training.State:
+    rng = training.generator(seed, "train")
+    training.fit(task.model, task, RECIPE, rng=rng, keep=keep, snapshots=False)
+    return training.snapshot(task.model)
 
 
 def _network(rng: torch.Generator) -> nn.Module:

@@ -1,0 +1,63 @@
+"""How to train, as a spec gives it: everything that decides the result but the seed; does not train."""
+
+import math
+from dataclasses import dataclass
+
+from hap import HapError
+
+SCHEDULES = ("step", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. What is off is None or False, so that a switch that is added orphans no evidence."""
+
+    epochs: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    batch_size: int = 128
+    schedule: str = "step"  # "step" (a tenth at 50 and 75 %), "cosine" or "constant"
+    warmup_epochs: float = 0.0
+    nesterov: bool = False
+    autocast: str | None = None  # "bf16": convolutions and products in bfloat16, weights and loss in float32
+    compile: bool = False  # torch.compile; without a compiler training goes on uncompiled, and says so
+    micro_batch: int | None = None  # at most so many samples in one pass, the gradients of a batch added up
+    distil: float | None = None  # the share of the loss that is against the dense model's outputs [Hinton15]
+    temperature: float | None = None  # of the distillation; None is 4
+    stabilise: bool = False  # upstream: a last pass over the training data renews the statistics of BatchNorm
+
+    def __post_init__(self) -> None:
+        """Refuses a recipe that cannot be followed."""
+        for name, rule, holds in self._rules():
+            if not holds:
+                raise HapError(f"recipe: {name} must be {rule}, found {getattr(self, name)!r}")
+
+    def _rules(self) -> list[tuple[str, str, bool]]:
+        return [
+            ("epochs", "at least 1", self.epochs >= 1),
+            ("lr", "positive and finite", 0 < self.lr < math.inf),
+            ("momentum", "in [0, 1)", 0 <= self.momentum < 1),
+            ("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf),
+            ("batch_size", "at least 1", self.batch_size >= 1),
+            ("schedule", f"one of {', '.join(SCHEDULES)}", self.schedule in SCHEDULES),
+            ("warmup_epochs", f"in [0, epochs = {self.epochs}]", 0 <= self.warmup_epochs <= self.epochs),
+            ("nesterov", "false without momentum", not self.nesterov or self.momentum > 0),
+            ("autocast", "'bf16' where it is given", self.autocast in (None, "bf16")),
+            ("micro_batch", "at least 1", self.micro_batch is None or self.micro_batch >= 1),
+            ("distil", "above 0 and at most 1", self.distil is None or 0 < self.distil <= 1),
+            ("temperature", "positive and finite", self.temperature is None or 0 < self.temperature < math.inf),
+            ("temperature", "left out without distil", self.temperature is None or self.distil is not None),
+        ]
+
+
+def learning_rate(recipe: Recipe, epochs: float, ahead: float = 0.0) -> float:
+    """The learning rate after `epochs`, fractions included; a warm-up counts the step `ahead` as taken."""
+    done = epochs / recipe.epochs
+    factor = {
+        "constant": 1.0,
+        "cosine": (1 + math.cos(math.pi * done)) / 2,
+        "step": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
+    }[recipe.schedule]
+    warm = min(1.0, (epochs + ahead) / recipe.warmup_epochs) if recipe.warmup_epochs else 1.0
+    return recipe.lr * factor * warm

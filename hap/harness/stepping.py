@@ -1,0 +1,119 @@
+"""From a batch to gradients: precision, compilation, micro-batches and distillation; does not know epochs or files."""
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from hap.harness.recipe import Recipe
+from hap.harness.tasks import Task
+
+LEAST = 2  # samples of a micro-batch: BatchNorm has no variance over one
+TEMPERATURE = 4.0  # of the distillation, where a recipe does not say [Hinton15]
+
+
+def memory_ran_out(error: RuntimeError) -> bool:
+    """Whether a device, or the machine, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+@dataclass
+class Stepper:
+    """What one optimiser step of a recipe does to a batch; `notes` are what the record must say of it."""
+
+    model: nn.Module
+    task: Task
+    recipe: Recipe
+    micro_batch: int
+    notes: list[str] = field(default_factory=list)
+    _forward: nn.Module | None = None
+
+    def __call__(self, inputs: Any, targets: Tensor) -> Tensor:
+        """The mean loss of the batch, its gradient added to the model's; nothing waits for the device.
+
+        In micro-batches each part counts by its size; BatchNorm then sees parts, not the batch.
+        """
+        whole, total = len(targets), targets.new_zeros((), dtype=torch.float32)
+        mass = self.task.loss.mass(targets)
+        parts = -(-whole // self.micro_batch)  # of sizes as equal as can be
+        for number in range(parts):
+            part = slice(number * whole // parts, (number + 1) * whole // parts)
+            cut = inputs if whole <= self.micro_batch else tree_map(lambda t, part=part: _rows(t, part, whole), inputs)
+            loss = self._loss(cut, targets[part], mass, len(targets[part]) / whole)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def halve(self) -> bool:
+        """Half the micro-batch from here on, told; False where the least is too much already."""
+        if self.micro_batch <= LEAST:
+            return False
+        self.micro_batch = (self.micro_batch + 1) // 2
+        self.note(
+            f"memory ran out: micro-batches of {self.micro_batch} from here on, their gradients added up; "
+            "BatchNorm sees micro-batches"
+        )
+        return True
+
+    def note(self, line: str) -> None:
+        """Keeps a line for the record."""
+        self.notes.append(line)
+
+    def _loss(self, inputs: Any, targets: Tensor, mass: Tensor, share: float) -> Tensor:
+        """The part of the batch's mean loss that these samples, a `share` of it, are."""
+        loss, distil = self.task.loss, self.recipe.distil
+        outputs = self._outputs(self._network(inputs), inputs)
+        found = loss.total(outputs, targets) / mass
+        if distil is None:
+            return found
+        with torch.no_grad():
+            taught = self._outputs(self.task.model, inputs)
+        temperature = self.recipe.temperature or TEMPERATURE
+        return (1 - distil) * found + distil * share * distillation(outputs, taught, temperature)
+
+    def _outputs(self, model: nn.Module, inputs: Any) -> Tensor:
+        """What the loss takes, in single precision at least."""
+        if self.recipe.autocast is None:
+            return self.task.loss.call(model, inputs)  # type: ignore[no-any-return]
+        where = next(self.model.parameters()).device.type
+        with torch.autocast(where, torch.bfloat16):
+            return self.task.loss.call(model, inputs).float()  # type: ignore[no-any-return]
+
+    def _network(self, inputs: Any) -> nn.Module:
+        """The model, compiled where that is asked for and works."""
+        if self._forward is None:
+            self._forward = self._compiled(inputs) if self.recipe.compile else self.model
+        return self._forward
+
+    def _compiled(self, inputs: Any) -> nn.Module:
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            compiled = cast(nn.Module, torch.compile(self.model, dynamic=False))
+            self._outputs(compiled, inputs).sum().backward()  # type: ignore[no-untyped-call]
+        except Exception as error:  # whatever a compiler raises; running out of memory is another matter
+            if isinstance(error, RuntimeError) and memory_ran_out(error):
+                raise
+            self.note(f"torch.compile failed, training uncompiled: {type(error).__name__}: {_line(error)}")
+            return self.model
+        finally:  # the trial leaves no trace
+            self.model.zero_grad(set_to_none=True)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return compiled
+
+
+def distillation(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) of the softened class probabilities, mean over the samples, in nats [Hinton15]."""
+    student, teacher = ((each / temperature).log_softmax(-1) for each in (outputs, taught))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _rows(leaf: Any, part: slice, whole: int) -> Any:
+    return leaf[part] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == whole else leaf
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
