@@ -101,6 +101,16 @@ class Groups:
                 return Gone(rows, slots)
             rows[twin_row] = slots[twin_slot]
 
+    def norm_behind(self, name: str, rows: Int[Tensor, "some"]) -> tuple[str, Int[Tensor, "read"]]:
+        """The normalisation that reads these rows of a module as they are, and alone, and its slots; or "" and none."""
+        norm = self.feeds.follows.get(name, "")
+        row, slot = self.feeds.edges
+        mine = torch.isin(row, rows + self.shapes[name].first_row)
+        read = slot[mine]
+        if not norm or len(read) != len(rows) or int(torch.isin(slot, read).sum()) != len(rows):
+            return "", read[:0]
+        return norm, read[row[mine].argsort()] - self.shapes[norm].first_slot
+
 
 def couple(model: nn.Module, feeds: Feeds, how: Literal["tied", "union"] = "tied") -> Groups:
     """Turn the relation row -> slot into groups.

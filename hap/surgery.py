@@ -159,7 +159,7 @@ def _absorb(small: nn.Module, groups: Groups, cuts: dict[str, Cut], name: str, i
     bias = getattr(implant, "bias", None)
     if not isinstance(bias, Tensor) or groups.shapes[name].extras:
         return implant
-    norm_name, slots = _reader(groups, name, cuts[name].implanted)
+    norm_name, slots = groups.norm_behind(name, cuts[name].implanted)
     norm = small.get_submodule(norm_name)
     norm = norm.parts[0] if isinstance(norm, Patch) else norm
     if not isinstance(norm, _BatchNorm | _InstanceNorm) or norm.running_mean is None:
@@ -173,20 +173,9 @@ def _absorb(small: nn.Module, groups: Groups, cuts: dict[str, Cut], name: str, i
     return implant
 
 
-def _reader(groups: Groups, name: str, rows: Tensor) -> tuple[str, Tensor]:
-    """The BatchNorm that reads these rows as they are and nothing else, and its slots; ("", none) without one."""
-    shape, norm = groups.shapes[name], groups.feeds.follows.get(name, "")
-    row, slot = groups.feeds.edges
-    mine = torch.isin(row, rows + shape.first_row)
-    read = slot[mine]
-    if not norm or len(read) != len(rows) or int(torch.isin(slot, read).sum()) != len(rows):
-        return "", read[:0]
-    return norm, read[row[mine].argsort()] - groups.shapes[norm].first_slot
-
-
 def _inputs(model: nn.Module, groups: Groups, name: str, cut: Cut, batches: Iterable[Any], call: Call) -> Inputs:
     module = model.get_submodule(name)
-    norm = _reader(groups, name, cut.implanted)[0]
+    norm = groups.norm_behind(name, cut.implanted)[0]
     tracked = bool(norm) and getattr(model.get_submodule(norm), "running_mean", None) is not None
 
     def seen() -> Iterator[Tensor]:
