@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from fakes import SPEC, fake_run, with_accuracy, write_spec
+from fakes import REPORTED, SPEC, fake_run, with_accuracy, write_spec
 
 from hap.harness import report, store
 from hap.harness.spec import load_spec
@@ -55,6 +55,38 @@ def test_the_table_says_what_it_shows(spec, runs, tmp_path):
     assert "FLOPs would be twice as many" in text
     assert "Data: digits (official), sha256 1111111111111111." in text
     assert "UNOFFICIAL" not in text
+
+
+def test_what_others_reported_stands_below_and_is_named_so(tmp_path, runs):
+    spec = load_spec(write_spec(tmp_path, SPEC + REPORTED))
+    csv, markdown = report.tables(spec, runs, tmp_path)
+    table = pd.read_csv(csv)
+    assert list(table["case"]) == ["hap", "random", "reported by GReg-1", "reported by HRank"]
+    assert list(table["origin"]) == ["run here", "run here", "reported", "reported"]
+    assert list(table["published_accuracy_mean"].dropna()) == [93.2, 93.17]
+    assert table["selected_accuracy_mean"].isna().tolist() == [False, False, True, True]
+    assert table["source"].dropna().tolist() == ["arXiv 2012.09243, table 1", "made up <for a test>"]
+    text = markdown.read_text()
+    ours, greg, hrank = (
+        text.index(name) for name in ("| `random` |", "| reported by GReg-1 (1) |", "| reported by HRank")
+    )
+    assert ours < greg < hrank
+    assert "best test epoch (%), optimistic | as published (%) | params pruned (%)" in text
+    assert "| `hap` | 3 | 95.00 | 61.00 ± 1.00 | 94.00 ± 1.00 | 94.60 ± 0.10 | - | 72.00 | 60.00 |" in text
+    assert "| reported by GReg-1 (1) | - | 93.36 | - | - | - | 93.2 | 49.82 | 50 | - |" in text
+    assert "| reported by HRank (2) | - | 93.26 | - | - | - | 93.17 | - | - | - |" in text
+    assert "\n1. GReg-1: ResNet56, CIFAR-10. arXiv 2012.09243, table 1. 3 runs \\| mean\n" in text
+    assert "\n2. HRank: ResNet56, CIFAR-10. made up &lt;for a test>\n" in text
+    assert "They were not run here and are not judged" in text
+
+
+def test_what_others_reported_is_not_judged_and_leaves_other_tables_alone(tmp_path, spec, runs, saved):
+    plain = [file.read_text() for file in report.tables(spec, runs, tmp_path / "a")]
+    verdicts = report.summary(tmp_path / "reproductions", saved).read_text()
+    assert "published" not in plain[0] + plain[1].replace("what the published code", "")
+    assert "origin" not in plain[0]
+    write_spec(tmp_path, SPEC + REPORTED)
+    assert report.summary(tmp_path / "reproductions", saved).read_text() == verdicts
 
 
 def test_an_unofficial_copy_is_called_one(spec, runs, tmp_path):
@@ -222,3 +254,15 @@ def test_rankings_have_figures_of_their_own(tmp_path, monkeypatch):
     assert len(panels) == 1
     assert list(panels[0].get_lines()[0].get_ydata()) == pytest.approx([61, 61])
     assert probes.draw(spec, {}, tmp_path) == []
+
+
+def test_cases_with_and_without_a_reference_share_a_table(tmp_path):
+    text = SPEC.replace("[cases.random]", '[cases.random]\nreference = "fakes:score"')
+    spec = load_spec(write_spec(tmp_path, text))
+    made = {name: [fake_run(case, seed) for seed in spec.seeds] for name, case in spec.cases.items()}
+    ranking = {"spearman": 0.5, "overlap": 0.7, "negative": 7.0}
+    made["random"] = [replace(run, metrics={**run.metrics, "ranking": ranking}) for run in made["random"]]
+    _, markdown = report.tables(spec, made, tmp_path)
+    lines = markdown.read_text().splitlines()
+    assert next(line for line in lines if "`hap`" in line).endswith("| 3.00 ± 1.00 | - | - | - |")
+    assert next(line for line in lines if "`random`" in line).endswith("| 3.00 ± 1.00 | 0.50 | 0.70 | 7.00 |")
