@@ -1,5 +1,6 @@
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -154,14 +155,19 @@ def test_no_figure_without_records_or_without_scripts(spec, runs, tmp_path):
     assert report.figures(spec, runs, tmp_path, tmp_path) == []
 
 
-def panels(monkeypatch, spec, runs, tmp_path):
-    """What the figure draws, caught before it becomes a file."""
+def figure(monkeypatch, spec, runs, tmp_path):
+    """The figure, caught before it becomes a file."""
     from paper_figs import accuracy_vs_params, style
 
     caught = []
     monkeypatch.setattr(style, "save", lambda made, stem: caught.append(made) or [])
     accuracy_vs_params.draw(spec, runs, tmp_path)
-    return caught[0].axes
+    return caught[0]
+
+
+def panels(monkeypatch, spec, runs, tmp_path):
+    """What the figure draws."""
+    return figure(monkeypatch, spec, runs, tmp_path).axes
 
 
 @pytest.fixture
@@ -266,3 +272,155 @@ def test_cases_with_and_without_a_reference_share_a_table(tmp_path):
     lines = markdown.read_text().splitlines()
     assert next(line for line in lines if "`hap`" in line).endswith("| 3.00 ± 1.00 | - | - | - |")
     assert next(line for line in lines if "`random`" in line).endswith("| 3.00 ± 1.00 | 0.50 | 0.70 | 7.00 |")
+
+
+@pytest.mark.usefixtures("importable")
+def test_more_methods_than_colours_are_drawn_in_parts_of_one_scale(tmp_path, monkeypatch):
+    heirs = "".join(f'[cases.m{n}]\nlike = "hap"\nscore = {{use = "fakes:score", probes = {n}}}\n' for n in range(1, 8))
+    text = SPEC.split("[[claims]]")[0].replace("params = 0.7", "params = [0.3, 0.7]")
+    spec = load_spec(write_spec(tmp_path, text + heirs))
+    runs = {}
+    for number, (name, case) in enumerate(spec.cases.items()):
+        cost = fake_run(case, 0).cost
+        cost = cost | {"pruned": cost["pruned"] | {"params": round(1000 * (1 - case.budget.params))}}
+        runs[name] = [with_accuracy(fake_run(case, 0, cost=cost), "selected", 50.0 + number)]
+    first, second = (part.axes for part in figure(monkeypatch, spec, runs, tmp_path).subfigs)
+    assert [axis.get_title(loc="left") for axis in (*first, *second)] == ["one-shot", "after fine-tuning"] * 2
+    drawn = [[bar.get_label() for bar in axes[1].containers] for axes in (first, second)]
+    assert drawn == [["hap", "random", "m1", "m2"], ["m3", "m4", "m5", "m6", "m7"]]
+    assert first[1].get_ylim() == second[1].get_ylim()
+    assert first[0].get_ylim() != first[1].get_ylim()
+    colours = [bar.lines[0].get_color() for bar in second[1].containers]
+    assert len(set(colours)) == 5
+    grey = [line for line in second[1].get_lines() if line.get_color() == "#cccccc"]
+    assert [list(line.get_ydata()) for line in grey] == [[51.0, 50.0], [53.0, 52.0], [55.0, 54.0], [57.0, 56.0]]
+
+
+def planned(spec, plans, **more):
+    """Records of each case with these plans, a seed each: case -> list of {module: rows}."""
+    return {
+        name: [fake_run(spec.cases[name], seed, plan={"rows": rows}, **more) for seed, rows in enumerate(each)]
+        for name, each in plans.items()
+    }
+
+
+def layers(monkeypatch, spec, runs, tmp_path):
+    """The figures of the layers: stem -> what is drawn."""
+    from paper_figs import layers as script
+    from paper_figs import style
+
+    caught = {}
+    monkeypatch.setattr(style, "save", lambda made, stem: caught.setdefault(stem, made) and [stem])
+    assert script.draw(spec, runs, tmp_path) == list(caught)
+    return {stem.name: made for stem, made in caught.items()}
+
+
+def bars(axis):
+    """Fate -> its bars, as (bottom, height)."""
+    return {each.get_label(): [(bar.get_y(), bar.get_height()) for bar in each] for each in axis.containers}
+
+
+@pytest.mark.usefixtures("importable")
+def test_the_layers_are_drawn_in_network_order_as_means_over_seeds(spec, tmp_path, monkeypatch):
+    hap = [
+        {"conv": "##--", "blocks.0": "--o#", "blocks.1": "####"},
+        {"conv": "####", "blocks.0": "-oo#", "blocks.1": "##"},
+    ]
+    random = [{"conv": "----", "blocks.0": "####", "blocks.1": "#---"}]
+    made = layers(monkeypatch, spec, planned(spec, {"hap": hap, "random": random}), tmp_path)["table-layers"]
+    first, second = made.axes
+    assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("hap", "random")
+    assert bars(first) == {
+        "dropped": [(0, 25), (0, 37.5), (0, 0)],
+        "implants": [(25, 0), (37.5, 37.5), (0, 0)],
+        "kept": [(25, 75), (75, 25), (0, 100)],
+    }
+    # of all rows: 4 and 1 of 12 and of 10 are dropped, 1 and 2 implants
+    assert first.get_title(loc="right") == "22 % dropped, 14 % implants"
+    assert second.get_title(loc="right") == "58 % dropped"
+    assert [text.get_text() for text in second.get_xticklabels()] == ["conv", "blocks"]
+    assert list(second.get_xticks()) == [0, 1.5]
+    (legend,) = made.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dropped", "implants", "kept"]
+    assert legend.get_title().get_text() == "70 % of the parameters pruned; mean over seeds."
+
+
+@pytest.mark.usefixtures("importable")
+def test_methods_that_make_the_same_plans_share_a_panel(tmp_path, monkeypatch):
+    text = SPEC + '[cases.tap]\nlike = "hap"\n[cases.other]\nlike = "hap"\n'
+    spec = load_spec(write_spec(tmp_path, text))
+    same, other = [{"conv": "##--"}, {"conv": "#-#-"}], [{"conv": "##--"}, {"conv": "-##-"}]
+    runs = planned(spec, {"hap": same, "random": other, "tap": same, "other": same[:1]})
+    made = layers(monkeypatch, spec, runs, tmp_path)["table-layers"]
+    assert [axis.get_title(loc="left") for axis in made.axes] == ["hap, tap", "random", "other"]
+    (legend,) = made.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dropped", "kept"]
+    assert legend.get_title().get_text().endswith("Methods that make the same plan share a panel.")
+
+
+@pytest.mark.usefixtures("importable")
+def test_the_layers_are_those_of_the_budget_that_most_methods_have_the_middle_one(tmp_path, monkeypatch):
+    text = SPEC.split("[[claims]]")[0].replace("params = 0.7", "params = [0.3, 0.5, 0.7, 0.9]")
+    text += '[cases.few]\nlike = "hap"\nimplant = false\nbudget = {params = [0.7, 0.9]}\n'
+    text += '[cases.macs]\nlike = "few"\nbudget = {macs = [0.7]}\n'
+    spec = load_spec(write_spec(tmp_path, text))
+    every = {name: [{"conv": "#" * (1 + place) + "-"}] for place, name in enumerate(spec.cases)}
+    some = {name: plan for name, plan in every.items() if name != "few@90"}
+    for plans, percent, methods in (
+        (every, 90, ["hap", "random", "few"]),  # 70 and 90 are shared by three
+        (some, 70, ["hap", "random", "few"]),
+        ({name: every[name] for name in list(every)[:3]}, 50, ["hap"]),
+    ):
+        made = layers(monkeypatch, spec, planned(spec, plans), tmp_path)["table-layers"]
+        assert [axis.get_title(loc="left") for axis in made.axes] == methods
+        assert made.legends[0].get_title().get_text().startswith(f"{percent} % of the parameters pruned;")
+
+
+@pytest.mark.usefixtures("importable")
+def test_networks_have_a_figure_each_and_records_without_plans_have_none(spec, tmp_path, monkeypatch):
+    runs = planned(spec, {"hap": [{"conv": "##--"}], "random": [{"other": "##--"}]})
+    found = layers(monkeypatch, spec, runs, tmp_path)
+    assert {name: [axis.get_title(loc="left") for axis in made.axes] for name, made in found.items()} == {
+        "table-layers-1": ["hap"],
+        "table-layers-2": ["random"],
+    }
+    assert layers(monkeypatch, spec, {"hap": [fake_run(spec.cases["hap"], 0)], "random": []}, tmp_path) == {}
+    assert layers(monkeypatch, spec, {}, tmp_path) == {}
+    ranked_spec, ranked_runs = ranked(tmp_path)
+    some = {name: [replace(run, plan={"rows": {"conv": "#-"}}) for run in each] for name, each in ranked_runs.items()}
+    assert layers(monkeypatch, ranked_spec, some, tmp_path) == {}
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_deep_network_and_long_names_stay_within_the_page(tmp_path):
+    """The text of each panel and of the axis, as it would be drawn, beside its neighbours; colours it cannot see."""
+    from paper_figs import layers as script
+    from paper_figs import style
+
+    names = ["hap-implants-by-least-sq", "hap-implants-by-some-long-way"]
+    text = SPEC + "".join(f'[cases.{name}]\nlike = "hap"\n' for name in names)
+    spec = load_spec(write_spec(tmp_path, text))
+    stages = ["stem", *(f"layer{1 + n // 18}.{n}" for n in range(54)), "bn", "linear"]
+    deep = dict.fromkeys(stages, "##-o")
+    runs = planned(spec, {name: [deep] for name in ["hap", *names]} | {"random": [deep | {"stem": "####"}]})
+    caught = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "save", lambda made, stem: caught.append(made) or [])
+        script.draw(spec, runs, tmp_path)
+    (made,) = caught
+    made.draw_without_rendering()
+    first, second = made.axes
+    page = made.bbox
+    labels = [label.get_window_extent() for label in second.get_xticklabels()]
+    assert [label.get_text() for label in second.get_xticklabels()] == ["stem", "layer1", "layer2", "layer3", "bn"]
+    assert all(left.x1 < right.x0 for left, right in pairwise(labels))
+    left, right = first._left_title.get_window_extent(), first._right_title.get_window_extent()
+    assert (
+        first.get_title(loc="left").count("\n") == 3
+    )  # a name a line, and one that the last, a long one, leaves to the numbers
+    assert not left.overlaps(right)
+    for box in (*labels, left, right, made.legends[0].get_window_extent()):
+        assert page.x0 <= box.x0
+        assert box.x1 <= page.x1
+        assert page.y0 <= box.y0
+        assert box.y1 <= page.y1
