@@ -1,5 +1,9 @@
-"""Test accuracy against the parameters left, a line a method: one-shot above, after fine-tuning below."""
+"""Test accuracy against the parameters left, a line a method: one-shot above, after fine-tuning below.
 
+More methods than colours are told apart in parts, each with some in colour and the others in grey behind them.
+"""
+
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -7,6 +11,7 @@ from paper_figs import style
 
 PANELS = (("one_shot", "one-shot"), ("selected", "after fine-tuning"))
 CAPTION = "Marks: mean over seeds. Bars: smallest to largest seed.\nMethods are set apart sideways for legibility."
+GREY = "\nGrey: the means of the methods of the other parts."
 
 
 def draw(spec, runs, out_dir: Path) -> list[Path]:
@@ -16,16 +21,35 @@ def draw(spec, runs, out_dir: Path) -> list[Path]:
         return []
     tuned = any(case.finetune is not None for case in spec.cases.values())
     panels = PANELS if tuned else PANELS[:1]
-    legend = (len(lines) + 1) // 2
-    with style.figure(len(panels), 0.9 + 1.6 * len(panels) + 0.15 * legend) as (made, axes):
-        for axis, (stage, title) in zip(axes, panels, strict=True):
-            _panel(axis, lines, stage, title)
-        left = _lefts(lines)
-        alone = f"one budget: {fmean(left):.0f} % of the parameters left"
-        axes[-1].set_xlabel(alone if _alone(left) else "parameters left (%)")
-        handles = axes[0].get_legend_handles_labels()
-        made.legend(*handles, loc="outside lower center", ncols=2, frameon=False, title=CAPTION, title_fontsize=6)
+    groups = _groups(list(lines))
+    inches = sum(0.9 + 1.6 * len(panels) + 0.15 * ((len(group) + 1) // 2) for group in groups)
+    left = _lefts(lines)
+    alone = f"one budget: {fmean(left):.0f} % of the parameters left"
+    caption = CAPTION + (GREY if len(groups) > 1 else "")
+    with style.parts(len(groups), len(panels), inches) as (made, parts):
+        for (part, axes), group in zip(parts, groups, strict=True):
+            for axis, (stage, title) in zip(axes, panels, strict=True):
+                _panel(axis, lines, group, stage, title)
+            axes[-1].set_xlabel(alone if _alone(left) else "parameters left (%)")
+            handles = axes[0].get_legend_handles_labels()
+            part.legend(*handles, loc="outside lower center", ncols=2, frameon=False, title=caption, title_fontsize=6)
+        _level([axes for _, axes in parts])
         return style.save(made, out_dir / f"{spec.name}-accuracy_vs_params")
+
+
+def _groups(methods: list[str]) -> list[list[str]]:
+    """The methods in the order of the spec, in parts of nearly equal size with a colour each."""
+    count = -(-len(methods) // len(style.PALETTE))
+    bounds = [round(len(methods) * part / count) for part in range(count + 1)]
+    return [methods[start:end] for start, end in pairwise(bounds)]
+
+
+def _level(parts: list) -> None:
+    """Gives panels of one stage the same scale in all parts."""
+    for panels in zip(*parts, strict=True):
+        limits = [limit for axis in panels for limit in axis.get_ylim()]
+        for axis in panels:
+            axis.set_ylim(min(limits), max(limits))
 
 
 def _lines(spec, runs) -> dict[str, list]:
@@ -37,18 +61,27 @@ def _lines(spec, runs) -> dict[str, list]:
     return lines
 
 
-def _panel(axis, lines, stage: str, title: str) -> None:
+def _panel(axis, lines, group: list[str], stage: str, title: str) -> None:
     _dense(axis, lines)
     left = _lefts(lines)
     step = 0.7 if _alone(left) else 0.014 * (max(left) - min(left))
-    for number, (method, points) in enumerate(lines.items()):
-        shift = step * (number - (len(lines) - 1) / 2)
-        _line(axis, method, sorted(points, key=_left), stage, shift, number)
+    for method, points in lines.items():
+        if method not in group:
+            _grey(axis, sorted(points, key=_left), stage)
+    for number, method in enumerate(group):
+        shift = step * (number - (len(group) - 1) / 2)
+        _line(axis, method, sorted(lines[method], key=_left), stage, shift, number)
     axis.set_title(title, loc="left")
     axis.set_ylabel("test accuracy (%)")
     if _alone(left):  # then the axis says nothing, and the marks stand side by side
         axis.set_xlim(fmean(left) - 5, fmean(left) + 5)
         axis.set_xticks([])
+
+
+def _grey(axis, points: list, stage: str) -> None:
+    means = [fmean(run.metrics[stage]["accuracy"] for run in point) for point in points]
+    mark = "" if len(points) > 1 else "_"  # a line of one point would not be seen
+    axis.plot([_left(point) for point in points], means, color="#cccccc", linewidth=0.8, marker=mark, zorder=1)
 
 
 def _line(axis, method: str, points: list, stage: str, shift: float, number: int) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib as mpl
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from hap.harness.files import atomic_write
 
@@ -37,9 +37,17 @@ RULES = {
 @contextmanager
 def figure(rows: int, inches: float) -> Iterator[tuple[Figure, Sequence]]:
     """A figure one column wide with `rows` panels under each other that share their x axis."""
+    with parts(1, rows, inches) as (made, (part,)):
+        yield made, part[1]
+
+
+@contextmanager
+def parts(count: int, rows: int, inches: float) -> Iterator[tuple[Figure, list[tuple[FigureBase, Sequence]]]]:
+    """As `figure`, with `count` parts under each other, each with panels of its own and room for a legend."""
     with mpl.rc_context(RULES):
         made = Figure(figsize=(COLUMN_INCHES, inches), layout="constrained")
-        yield made, made.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+        places = [made] if count == 1 else list(made.subfigures(count, 1))
+        yield made, [(place, place.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]) for place in places]
 
 
 def save(made: Figure, stem: Path) -> list[Path]:

@@ -5,8 +5,8 @@ surgery adds, `layers` says what modules are, `taps` is what a model looks like 
 `tally` and `graph` are what curvature is built of. The harness deviates in that what has no readers yet to come moves
 up: `binding` (how a name in a spec becomes a function), `files`, `provenance`, `events` and `recipe` know nothing of
 the rest; `batchnorm`, `stepping` and `checkpoints` are what training is built of; `tasks` comes before `training`,
-which trains a Task, and so before `spec`, which holds a Recipe; the single tasks come after
-it, for they train themselves.
+which trains a Task, and so before `cases`, which hold a Recipe; the single tasks come after it, for they train
+themselves. `cases`, a part of `spec` until that grew too long, makes a Case of its tables.
 """
 
 import ast
@@ -28,7 +28,7 @@ CORE = (
 HARNESS = (
     "files binding provenance events recipe tasks batchnorm stepping checkpoints training "
     "tasks.cache tasks.nets tasks.data tasks.digits_preresnet tasks.cifar10 tasks.cifar10_resnet20 "
-    "tasks.cifar10_resnet56 spec scoring run store judge plugin report doctor cli"
+    "tasks.cifar10_resnet56 cases spec scoring run store judge plugin report doctor cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 

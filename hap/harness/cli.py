@@ -65,7 +65,8 @@ def list_specs(results: Results = None) -> None:
             spec = load_spec(path)
             made = sum(map(len, store.evidence(spec, _results(path, results)).values()))
             counts = f"{len(spec.cases)} cases, {made} of {len(spec.cases) * len(spec.seeds)} runs made"
-            _say(f"{spec.name:20} {spec.tier:6} {counts}: {spec.title}")
+            needs = f"; needs {spec.needs}" if spec.needs else ""
+            _say(f"{spec.name:20} {spec.tier:6} {counts}: {spec.title}{needs}")
         except HapError as error:
             _say(f"{path.stem:20} cannot be read: {error}")
 
@@ -117,11 +118,11 @@ def report_specs(specs: Names = None, results: Results = None) -> None:
 
 @app.command("doctor")
 @_told
-def doctor_machine() -> None:
-    """What this machine can run, what is missing, and how to get it."""
+def doctor_machine(results: Results = None) -> None:
+    """What this machine can run, what is missing, how to get it, and which evidence is absent."""
     from hap.harness import doctor
 
-    for line in doctor.lines(_paths(["all"])):
+    for line in doctor.lines({path: _results(path, results) for path in _paths(["all"])}):
         _say(line)
 
 

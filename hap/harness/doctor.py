@@ -1,24 +1,27 @@
-"""What this machine can run: versions, device, and for each spec whether its data is here; changes nothing."""
+"""What this machine can run: versions, device, and for each spec what it needs and has; changes nothing."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from hap import HapError, __version__
+from hap.harness import store
 from hap.harness.binding import Ref
 from hap.harness.spec import Spec, load_spec
 from hap.harness.tasks import Data
 
+Found = dict[str, Data | HapError]  # workload -> its data, or what is missing
 
-def lines(specs: Sequence[Path]) -> Iterator[str]:
-    """A line for the machine's every part, each workload, and each spec."""
+
+def lines(specs: Mapping[Path, Path]) -> Iterator[str]:
+    """A line for the machine's every part and each workload, two or three for each spec; specs: file -> its results."""
     yield f"hap {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
     yield f"device: {device()}"
-    found: dict[str, HapError | None] = {}
-    for path in specs:
+    found: Found = {}
+    for path, results in specs.items():
         try:
             spec = load_spec(path)
         except HapError as error:
@@ -26,9 +29,12 @@ def lines(specs: Sequence[Path]) -> Iterator[str]:
             continue
         for task in {str(case.task): case.task for case in spec.cases.values()}.values():
             if str(task) not in found:
-                found[str(task)], told = _look(task, spec.seeds[0])
-                yield told
+                found[str(task)] = _look(task, spec.seeds[0])
+                yield f"workload {task.use}: {_told(found[str(task)])}"
         yield f"spec {spec.name}: {_fit(spec, found)}"
+        if spec.needs or spec.tier == "gpu":
+            yield f"  needs: {spec.needs or 'a GPU'}; {_data(spec, found)}"
+        yield f"  evidence: {_evidence(spec, results)}"
 
 
 def device() -> str:
@@ -45,18 +51,41 @@ def ready(task: Ref, seed: int) -> Data:
     return data
 
 
-def _look(task: Ref, seed: int) -> tuple[HapError | None, str]:
+def _look(task: Ref, seed: int) -> Data | HapError:
     try:
-        data = ready(task, seed)
-    except HapError as error:  # missing or damaged: the error says where it was looked for and how to get it
-        return error, f"workload {task.use}: NO, {error}"
-    copy = "official" if data.official else "UNOFFICIAL copy"
-    return None, f"workload {task.use}: found {data.name} ({copy}), sha256 {data.sha256[:16]}, {data.note}"
+        return ready(task, seed)
+    except HapError as error:
+        return error
 
 
-def _fit(spec: Spec, found: dict[str, HapError | None]) -> str:
-    if any(found[str(case.task)] for case in spec.cases.values()):
-        return "NO, its workload is missing"
-    if spec.tier == "gpu" and not torch.cuda.is_available():
-        return "NO, it needs a GPU"
-    return f"yes: hap run {spec.name}"
+def _told(found: Data | HapError) -> str:
+    if isinstance(found, HapError):  # missing or damaged: the error says where it was looked for and how to get it
+        return f"NO, {found}"
+    copy = "official" if found.official else "UNOFFICIAL copy"
+    return f"found {found.name} ({copy}), sha256 {found.sha256[:16]}, {found.note}"
+
+
+def _fit(spec: Spec, found: Found) -> str:
+    missing = any(isinstance(found[str(case.task)], HapError) for case in spec.cases.values())
+    lacks = ["its workload is missing"] if missing else []
+    lacks += ["it needs a GPU"] if spec.tier == "gpu" and not torch.cuda.is_available() else []
+    return f"NO, {' and '.join(lacks)}" if lacks else f"yes: hap run {spec.name}"
+
+
+def _data(spec: Spec, found: Found) -> str:
+    seen = [found[str(case.task)] for case in spec.cases.values()]
+    names = sorted({each.name for each in seen if isinstance(each, Data)})
+    here = [f"{', '.join(names)}, which is here"] if names else []
+    missing = ["the data that its workload misses, above"] if any(isinstance(each, HapError) for each in seen) else []
+    return " and ".join([*here, *missing])
+
+
+def _evidence(spec: Spec, results: Path) -> str:
+    try:
+        made = sum(map(len, store.evidence(spec, results).values()))
+    except HapError as error:  # a damaged record
+        return f"NO, {error}"
+    wanted = len(spec.cases) * len(spec.seeds)
+    if not made:
+        return f"ABSENT, none of {wanted} records"
+    return f"all {wanted} records" if made == wanted else f"{made} of {wanted} records, the rest ABSENT"

@@ -19,7 +19,7 @@ from hap.harness import store
 from hap.harness.files import atomic_write
 from hap.harness.judge import Verdict, describe, judge
 from hap.harness.run import Run
-from hap.harness.spec import Spec, find_specs, load_spec
+from hap.harness.spec import Reported, Spec, find_specs, load_spec
 
 Runs = dict[str, list[Run]]
 
@@ -47,6 +47,8 @@ RANKING: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
     ("overlap", "overlap of the pruned", lambda run: run.metrics.get("ranking", {}).get("overlap", math.nan)),
     ("negative", "negative scores", lambda run: run.metrics.get("ranking", {}).get("negative", math.nan)),
 )
+# only rows of others fill it
+PUBLISHED = ("published_accuracy", "as published (%)", lambda run: math.nan)
 NOTE = """\
 Test accuracy, mean ± standard deviation over seeds. *Selected*: the epoch that is best on the validation split.
 *Best test epoch*: what the published code reports, an epoch chosen on the test set; optimistic, and it selects nothing.
@@ -54,16 +56,23 @@ MACs are those of convolutions and linear layers; FLOPs would be twice as many."
 RANKING_NOTE = """\
 *Rank correlation* (Spearman) with the scores of the reference, and *overlap*: the share of the larger of the two pruned
 sets that is in both. A curvature that is negative prunes first, whatever it costs."""
+REPORTED_NOTE = """\
+*Reported by*: numbers that others published. They were not run here and are not judged; *as published* is the accuracy
+of the model and the epoch that their authors chose, on their data."""
 
 
 def columns(spec: Spec) -> tuple[tuple[str, str, Callable[[Run], float]], ...]:
-    """The columns of a spec's table: those of the ranking where scores are compared with a reference."""
-    return COLUMNS + (RANKING if any(case.reference for case in spec.cases.values()) else ())
+    """The columns of a spec's table: what others published, and the ranking where scores have a reference, if any."""
+    accuracy = [column for column in COLUMNS if column[0].endswith("_accuracy")]
+    published = (PUBLISHED,) if spec.reported else ()
+    ranking = RANKING if any(case.reference for case in spec.cases.values()) else ()
+    return (*accuracy, *published, *COLUMNS[len(accuracy) :], *ranking)
 
 
 def frame(spec: Spec, runs: Runs) -> pd.DataFrame:
-    """A row a case: how many seeds, mean and standard deviation of each column, and whose data."""
-    return pd.DataFrame([_row(spec, name, runs.get(name, [])) for name in spec.cases])
+    """A row a case: seeds, mean and standard deviation of each column, whose data; below, a row a reported number."""
+    ours = [_row(spec, name, runs.get(name, [])) for name in spec.cases]
+    return pd.DataFrame([*ours, *map(_reported, spec.reported)]).astype({"seeds": "Int64", "seeds_wanted": "Int64"})
 
 
 def tables(spec: Spec, runs: Runs, results: Path) -> list[Path]:
@@ -72,17 +81,18 @@ def tables(spec: Spec, runs: Runs, results: Path) -> list[Path]:
     files = [stem.with_name(f"{spec.name}.csv"), stem.with_name(f"{spec.name}.md")]
     atomic_write(files[0], table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode())
     shown = columns(spec)
-    note = RANKING_NOTE if len(shown) > len(COLUMNS) else ""
+    ranked = shown[-1] in RANKING
     body = _markdown(
         ["case", "seeds", *(heading for _, heading, _ in shown)],
-        (_cells(row, [name for name, _, _ in shown]) for row in table.to_dict("records")),
+        _bodies(spec, table, [name for name, _, _ in shown]),
     )
     parts = [
         f"# {spec.title}",
         f"{spec.paper}. Spec `{spec.name}`.",
         body,
         NOTE,
-        note,
+        RANKING_NOTE if ranked else "",
+        _footnotes(spec),
         _sources(runs),
     ]
     atomic_write(files[1], ("\n\n".join(part for part in parts if part) + "\n").encode())
@@ -127,13 +137,49 @@ def write(specs: Sequence[Path], results: Path) -> list[Path]:
 
 
 def _row(spec: Spec, name: str, runs: list[Run]) -> dict[str, Any]:
-    row: dict[str, Any] = {"case": name, "seeds": len(runs), "seeds_wanted": len(spec.seeds)}
+    origin = {"origin": "run here"} if spec.reported else {}
+    row: dict[str, Any] = {"case": name, **origin, "seeds": len(runs), "seeds_wanted": len(spec.seeds)}
     for column, _, number in columns(spec):
         values = [number(run) for run in runs]
         row[f"{column}_mean"] = fmean(values) if values else None
-        row[f"{column}_sd"] = stdev(values) if len(values) > 1 else None
+        row[f"{column}_sd"] = stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
     row["data"] = "; ".join(sorted({_source(run.data) for run in runs}))
     return row
+
+
+def _reported(row: Reported) -> dict[str, Any]:
+    numbers = {
+        "dense_accuracy": row.dense,
+        "published_accuracy": row.accuracy,
+        "params_pruned": row.params_pruned,
+        "macs_pruned": row.macs_pruned,
+    }
+    means = {f"{column}_mean": number for column, number in numbers.items()}
+    told = {"data": f"{row.model}, {row.data}", "source": row.source, "note": row.note}
+    return {"case": f"reported by {row.method}", "origin": "reported", **means, **told}
+
+
+def _bodies(spec: Spec, table: pd.DataFrame, columns: Sequence[str]) -> Iterator[list[str]]:
+    """The lines of the table: ours, then those of others, numbered as their sources are."""
+    rows = table.to_dict("records")
+    ours = len(spec.cases)
+    yield from (_cells(row, columns) for row in rows[:ours])
+    for number, row in enumerate(rows[ours:], start=1):
+        means = [row.get(f"{column}_mean") for column in columns]
+        # with the digits of the source: 94.3 is not 94.30
+        yield [f"{row['case']} ({number})", "-", *("-" if pd.isna(mean) else f"{mean:g}" for mean in means)]
+
+
+def _footnotes(spec: Spec) -> str:
+    """Whose numbers the rows of others are, and from where."""
+    if not spec.reported:
+        return ""
+    lines = [
+        f"{number}. {_plain(row.method)}: {_plain(row.model)}, {_plain(row.data)}. {_plain(row.source)}"
+        + (f". {_plain(row.note)}" if row.note else "")
+        for number, row in enumerate(spec.reported, start=1)
+    ]
+    return "\n".join([REPORTED_NOTE, "", *lines])
 
 
 def _cells(row: dict[Any, Any], columns: Sequence[str]) -> list[str]:

@@ -52,6 +52,10 @@ def hungry_task(seed: int, *, width: int) -> None:
     """A workload with an option that must be given."""
 
 
+def shrinkable_task(seed: int, *, width: int = 4, smoke: bool = False) -> None:
+    """A workload that can be made small."""
+
+
 def score(model, loss, batches, groups, *, rng, curvature: Literal["exact", "hutchinson"] = "exact", probes: int = 3):
     """A score with typed options."""
 
@@ -74,6 +78,10 @@ def no_rng(model, loss, batches, groups):
 
 def method(task, groups, budget, *, rng, steps: int = 1):
     """A method with one option."""
+
+
+def probing_method(task, groups, budget, *, rng, probes: int = 300):
+    """A method with many probes by default."""
 
 
 def implant(module, rows, inputs):
@@ -141,3 +149,25 @@ def with_accuracy(run: Any, stage: str, accuracy: float, loss: float | None = No
     """The run with another accuracy, and loss, at one stage."""
     measured = {"accuracy": accuracy, "loss": 1 - accuracy / 100 if loss is None else loss}
     return replace(run, metrics={**run.metrics, stage: measured})
+
+
+REPORTED = """
+[[reported]]
+method = "GReg-1"
+model = "ResNet56"
+data = "CIFAR-10"
+dense = 93.36
+accuracy = 93.2
+params_pruned = 49.82
+macs_pruned = 50
+note = "3 runs | mean"
+source = "arXiv 2012.09243, table 1"
+
+[[reported]]
+method = "HRank"
+model = "ResNet56"
+data = "CIFAR-10"
+dense = 93.26
+accuracy = 93.17
+source = "made up <for a test>"
+"""

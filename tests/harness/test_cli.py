@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,11 @@ def test_list_tells_what_there_is(folder):
     assert lines[1].split() == "table quick 2 cases, 3 of 6 runs made: A made-up table".split()
 
 
+def test_list_tells_what_a_spec_needs(folder):
+    write_spec(folder, 'needs = "an H200, 12 minutes a seed"\n' + SPEC)
+    assert hap("list").stdout.endswith(": A made-up table; needs an H200, 12 minutes a seed\n")
+
+
 @pytest.mark.parametrize(
     ("args", "line"),
     [
@@ -232,7 +238,8 @@ def test_doctor_tells_machine_data_and_specs(folder):
     assert "threads" in told.stdout
     assert "workload fakes:task: found digits (official), sha256 aaaaaaaaaaaaaaaa, a note\n" in told.stdout
     assert "workload fakes:task: found digits (UNOFFICIAL copy)" in told.stdout
-    assert "spec table: yes: hap run table\n" in told.stdout
+    assert "spec table: yes: hap run table\n  evidence: ABSENT, none of 6 records\n" in told.stdout
+    assert "needs" not in told.stdout
     assert "spec broken: NO, reproductions/broken.toml: title: is required\n" in told.stdout
 
 
@@ -245,6 +252,13 @@ def test_doctor_tells_what_is_missing(folder, monkeypatch):
     assert told.exit_code == 0
     assert "workload fakes:task: NO, CIFAR-10 not found: looked in ./data; get it from a mirror\n" in told.stdout
     assert "spec table: NO, its workload is missing\n" in told.stdout
+    write_spec(folder, SPEC.replace('tier = "quick"', 'tier = "gpu"'))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert (
+        "spec table: NO, its workload is missing and it needs a GPU\n"
+        "  needs: a GPU; the data that its workload misses, above\n"
+        "  evidence: ABSENT, none of 6 records\n"
+    ) in hap("doctor").stdout
 
 
 @pytest.mark.usefixtures("workload")
@@ -253,7 +267,30 @@ def test_doctor_knows_that_a_gpu_is_needed(folder, monkeypatch):
 
     write_spec(folder, SPEC.replace('tier = "quick"', 'tier = "gpu"'))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "spec table: NO, it needs a GPU\n" in hap("doctor").stdout
+    assert "spec table: NO, it needs a GPU\n  needs: a GPU; digits, which is here\n" in hap("doctor").stdout
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert "spec table: yes: hap run table\n  needs: a GPU; digits, which is here\n" in hap("doctor").stdout
+
+
+@pytest.mark.usefixtures("workload")
+def test_doctor_repeats_what_a_spec_says_it_needs(folder):
+    write_spec(folder, 'needs = "a GPU of 16 GiB, 12 minutes a seed on an H200"\n' + SPEC)
+    told = hap("doctor").stdout
+    assert "  needs: a GPU of 16 GiB, 12 minutes a seed on an H200; digits, which is here\n" in told
+
+
+@pytest.mark.usefixtures("workload")
+def test_doctor_counts_evidence(folder):
+    hap("run", "table", "--case", "hap")
+    assert "  evidence: 3 of 6 records, the rest ABSENT\n" in hap("doctor").stdout
+    assert "  evidence: ABSENT, none of 6 records\n" in hap("doctor", "--results", "elsewhere").stdout
+    hap("run", "table")
+    assert "  evidence: all 6 records\n" in hap("doctor").stdout
+    next((folder / "results").rglob("seed0.json")).write_text("{")
+    told = hap("doctor")
+    assert told.exit_code == 0
+    assert re.search(r"  evidence: NO, .*seed0\.json: damaged record: .*\n", told.stdout)
 
 
 def test_doctor_makes_a_task_that_offers_nothing_quicker(monkeypatch):

@@ -1,16 +1,19 @@
 import datetime
+import json
 import re
 from pathlib import Path
 
 import pytest
-from fakes import SPEC, write_spec
+from fakes import REPORTED, SPEC, write_spec
 
 from hap import HapError
 from hap.harness.binding import Ref
+from hap.harness.cases import smoke
 from hap.harness.spec import find_specs, load_spec
 from hap.harness.training import Recipe
 from hap.plan import Budget
 
+ROOT = Path(__file__).parents[2]
 BUDGET = "budget = {params = 0.7, implant = 0.1}"
 SCORE = 'score = {use = "fakes:score", curvature = "exact"}'
 CASE = 'case = "hap"\nmetric'
@@ -97,6 +100,9 @@ def test_keys_are_stable(tmp_path):
         ("value = 70", "value = 60"),
         ("epochs = 2", "epochs = 2\nnesterov = false"),  # a switch that is off
         ("[cases.hap]", "[cases.hap]\ncoupling = 'union'"),
+        ("[cases.hap]", "[cases.hap]\nrecalibrate = false"),
+        ("[cases.hap]", REPORTED + "\n[cases.hap]"),
+        ("[finetune]", 'needs = "an afternoon"\n[finetune]'),
     ],
 )
 def test_the_key_ignores_what_does_not_decide_the_result(tmp_path, old, new):
@@ -120,6 +126,7 @@ def test_the_key_ignores_names(tmp_path):
         (SCORE, 'score = "fakes:random"'),
         (SCORE, 'method = "fakes:method"'),
         ("[cases.hap]", "[cases.hap]\ncoupling = 'tied'"),
+        ("[cases.hap]", "[cases.hap]\nrecalibrate = true"),
         ('implant = "fakes:implant"', 'implant = "fakes:implant_too"'),
         ("params = 0.7", "params = 0.71"),
         ("params = 0.7", "macs = 0.7"),
@@ -216,6 +223,13 @@ MALFORMED = {
     "negative tolerance": ("tolerance = 0.5", "tolerance = -0.5", "claims[2].tolerance", "(found -0.5)"),
     "value of a wrong type": ("value = 70", 'value = "70"', "claims[1].value", "valid number (found '70')"),
     "certainty": ("tolerance = 0.5", "confidence = 1.0", "claims[2].confidence", "less than 1"),
+    "recalibration of a wrong type": (
+        "[cases.hap]",
+        "[cases.hap]\nrecalibrate = 1",
+        "cases.hap.recalibrate",
+        "boolean",
+    ),
+    "needs nothing": ("[finetune]", 'needs = " "\n[finetune]', "needs", "at least 1 character"),
     "known without a why": ("tolerance = 0.5", 'known = ""', "claims[2].known", "at least 1 character"),
 }
 
@@ -266,7 +280,7 @@ def test_a_module_that_fails_to_import_is_a_mistake_of_the_spec(tmp_path, monkey
         load(tmp_path, changed(SCORE, 'score = "broken_method:score"'))
 
 
-@pytest.mark.parametrize("path", find_specs(Path(__file__).parents[2] / "reproductions"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", find_specs(ROOT / "reproductions"), ids=lambda path: path.stem)
 def test_our_own_specs_read(path):
     spec = load_spec(path)
     assert spec.claims
@@ -336,3 +350,118 @@ def test_a_reference_that_makes_no_sense_is_a_mistake(tmp_path, old, new, rule):
     with pytest.raises(HapError) as caught:
         load(tmp_path, SPEC + COMPARED.replace(old, new, 1))
     assert rule in str(caught.value)
+
+
+def test_recalibration_is_inherited_and_allowed_beside_a_method(tmp_path):
+    heir = '[cases.mine]\nlike = "hap"\nmethod = "fakes:method"\nimplant = false\n'
+    spec = load(tmp_path, changed("[cases.hap]", "[cases.hap]\nrecalibrate = true") + heir)
+    assert spec.cases["mine"].recalibrate
+    assert spec.cases["mine"].config["recalibrate"] is True
+    assert not load(tmp_path).cases["hap"].recalibrate
+    assert "recalibrate" not in load(tmp_path).cases["hap"].config
+
+
+def test_what_others_reported_is_read(tmp_path):
+    spec = load(tmp_path, SPEC + REPORTED + '\n[cases.more]\nlike = "hap"')
+    greg, hrank = spec.reported
+    assert (greg.method, greg.model, greg.data) == ("GReg-1", "ResNet56", "CIFAR-10")
+    assert (greg.dense, greg.accuracy, greg.params_pruned, greg.macs_pruned) == (93.36, 93.2, 49.82, 50)
+    assert (hrank.params_pruned, hrank.macs_pruned, hrank.note) == (None, None, None)
+    assert load(tmp_path).reported == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "mistake"),
+    [
+        ("dense = 93.36\n", "", "reported[1].dense: is required"),
+        (
+            "dense = 93.26",
+            "dense = 100.1",
+            "reported[2].dense: Input should be less than or equal to 100 (found 100.1)",
+        ),
+        ("accuracy = 93.17", "accuracy = -1", "reported[2].accuracy: Input should be greater than or equal to 0"),
+        ("macs_pruned = 50", "macs_pruned = 200", "reported[1].macs_pruned: Input should be less than"),
+        ("params_pruned = 49.82", "params_pruned = '49'", "reported[1].params_pruned: Input should be a valid number"),
+        ('source = "arXiv 2012.09243, table 1"', "", "reported[1].source: is required"),
+        ('source = "arXiv 2012.09243, table 1"', 'source = " "', "reported[1].source: String should have at least 1"),
+        ("macs_pruned = 50", "flops_pruned = 50", "reported[1].flops_pruned: unknown field (found 50)"),
+    ],
+)
+def test_a_reported_row_that_makes_no_sense_is_a_mistake(tmp_path, old, new, mistake):
+    assert old in REPORTED
+    with pytest.raises(HapError) as caught:
+        load(tmp_path, SPEC + REPORTED.replace(old, new, 1))
+    assert f"table.toml: {mistake}" in str(caught.value)
+
+
+def test_a_reported_row_cannot_be_claimed(tmp_path):
+    with pytest.raises(HapError, match=r"claims\[1\].case: must be a case of this spec, one of hap, random"):
+        load(tmp_path, changed(CASE, 'case = "GReg-1"\nmetric') + REPORTED)
+
+
+def test_committed_evidence_belongs_to_the_cases_of_today():
+    """By folder and by what the records say of their case: a change that moves a key must take its evidence along."""
+    cases = {
+        (spec.name, f"{case.name}-{case.key}"): case
+        for spec in map(load_spec, find_specs(ROOT / "reproductions"))
+        for case in spec.cases.values()
+    }
+    records = sorted((ROOT / "results").glob("*/*/seed*.json"))
+    assert len(records) > 200
+    for file in records:
+        case = cases[file.parts[-3], file.parts[-2]]
+        assert json.loads(file.read_text())["config"] == case.config
+
+
+SHRUNK = """
+[cases.many]
+like = "hap"
+task = "fakes:shrinkable_task"
+score = {use = "fakes:score", probes = 300}
+reference = "fakes:score"
+finetune = {epochs = 9, lr = 0.1, warmup_epochs = 3, nesterov = true}
+
+[cases.thorough]
+like = "hap"
+score = {use = "fakes:open_score", probes = 9}
+finetune = {epochs = 9, lr = 0.1, warmup_epochs = 0.5}
+
+[cases.mine]
+like = "hap"
+method = "fakes:probing_method"
+implant = false
+finetune = false
+
+[cases.small]
+like = "hap"
+score = {use = "fakes:score", probes = 1}
+finetune = {epochs = 1, lr = 0.1}
+"""
+
+
+def test_a_case_under_smoke_is_small_in_every_stage(tmp_path):
+    cases = load(tmp_path, SPEC + SHRUNK).cases
+    many, thorough, mine, small = (smoke(cases[name]) for name in ("many", "thorough", "mine", "small"))
+    assert many.task == Ref(use="fakes:shrinkable_task", options={"smoke": True})
+    assert many.finetune == Recipe(epochs=1, lr=0.1, warmup_epochs=1, nesterov=True)
+    assert many.score == many.reference == Ref(use="fakes:score", options={"probes": 2})  # 3 is the default
+    assert (many.name, many.spec, many.budget, many.implant) == ("many", "table", *_kept(cases["many"]))
+    assert thorough.task == Ref(use="fakes:task", options={"width": 8})  # it cannot be made small
+    assert thorough.score == Ref(use="fakes:open_score", options={"probes": 2})
+    assert thorough.finetune == Recipe(epochs=1, lr=0.1, warmup_epochs=0.5)
+    assert (mine.method, mine.finetune) == (Ref(use="fakes:probing_method", options={"probes": 2}), None)
+    assert small.score == Ref(use="fakes:score", options={"probes": 1})
+
+
+def _kept(case):
+    return case.budget, case.implant
+
+
+def test_a_case_under_smoke_has_its_own_key_unless_nothing_changed(tmp_path):
+    cases = load(tmp_path, SPEC + SHRUNK).cases
+    same = {name for name, case in cases.items() if smoke(case).key == case.key}
+    assert same == {"small"}
+    assert smoke(cases["small"]) == cases["small"]
+    keys = [smoke(case).key for case in cases.values()]
+    assert len(set(keys)) == len(keys)
+    assert smoke(smoke(cases["many"])) == smoke(cases["many"])
