@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def folder(tmp_path, monkeypatch):
     """A folder with one spec, whose runs are made up: hap is a little better than random."""
 
-    def run(case, seed, *, say):
+    def run(case, seed, *, say, keep):
         say(Event("fine-tuning", 0.5))
         better = 0.5 if case.name == "hap" else 0.0
         return with_accuracy(fake_run(case, seed), "selected", 94.0 + better + seed / 10 * better)
@@ -57,7 +57,9 @@ def test_run_makes_judges_reports_and_sums_up(folder):
 def test_run_makes_only_what_is_missing_unless_told_again(folder, monkeypatch):
     hap("run", "table")
     made = []
-    monkeypatch.setattr("hap.harness.run.run", lambda case, seed, *, say: made.append(seed) or fake_run(case, seed))
+    monkeypatch.setattr(
+        "hap.harness.run.run", lambda case, seed, *, say, keep: made.append(seed) or fake_run(case, seed)
+    )
     assert hap("run", "all").exit_code == 0
     assert made == []
     hap("run", "table", "--again", "--case", "random")
@@ -157,7 +159,7 @@ def test_a_malformed_spec_is_one_line(folder):
 
 
 def test_missing_data_stops_a_spec_and_leaves_it_out_of_many(folder, monkeypatch):
-    def run(case, seed, *, say):
+    def run(case, seed, *, say, keep):
         raise MissingData("cifar10: not in ./data; get it")
 
     monkeypatch.setattr("hap.harness.run.run", run)
@@ -170,7 +172,7 @@ def test_missing_data_stops_a_spec_and_leaves_it_out_of_many(folder, monkeypatch
 
 
 def test_an_interruption_keeps_what_is_finished_and_says_so(folder, monkeypatch):
-    def run(case, seed, *, say):
+    def run(case, seed, *, say, keep):
         if seed == 1:
             raise KeyboardInterrupt
         return fake_run(case, seed)
@@ -186,7 +188,7 @@ SLOW = """
 import time
 import hap.harness.run as procedure
 
-def run(case, seed, *, say):
+def run(case, seed, *, say, keep):
     open("running", "w").close()
     time.sleep(60)
 

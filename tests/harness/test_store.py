@@ -30,7 +30,7 @@ def runs(monkeypatch):
     """Counts the runs that a fake procedure makes."""
     made = []
 
-    def run(case, seed, *, say):
+    def run(case, seed, *, say, keep):
         made.append((case.name, seed))
         say(Event("running"))
         return fake_run(case, seed, created=f"made {len(made)}")
@@ -188,7 +188,7 @@ from hap.harness.files import atomic_write
 from hap.harness.spec import load_spec
 from fakes import fake_run
 
-def run(case, seed, *, say):
+def run(case, seed, *, say, keep):
     with open("log", "a") as log:
         log.write(f"{os.getpid()}\\n")
     time.sleep(1.0)
@@ -252,7 +252,7 @@ def test_whoever_waits_finds_what_the_other_made(case, tmp_path, monkeypatch):
     """Two threads: their locks are as far apart as those of two processes."""
     made, started, go_on = [], threading.Event(), threading.Event()
 
-    def run(case, seed, *, say):
+    def run(case, seed, *, say, keep):
         made.append(seed)
         started.set()
         assert go_on.wait(30)
