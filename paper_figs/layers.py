@@ -58,8 +58,7 @@ def _figures(budget: str, methods) -> list:
     for method, runs in methods.items():
         plans = [run.plan["rows"] for run in runs]
         panels = networks.setdefault(tuple(plans[0]), {})
-        same = str([(run.seed, plan) for run, plan in zip(runs, plans, strict=True)])
-        panels.setdefault(same, ([], plans))[0].append(method)
+        panels.setdefault(str(plans), ([], plans))[0].append(method)
     return [(modules, budget, list(panels.values())) for modules, panels in networks.items()]
 
 

@@ -284,6 +284,7 @@ def test_more_methods_than_colours_are_drawn_in_parts_of_one_scale(tmp_path, mon
         cost = fake_run(case, 0).cost
         cost = cost | {"pruned": cost["pruned"] | {"params": round(1000 * (1 - case.budget.params))}}
         runs[name] = [with_accuracy(fake_run(case, 0, cost=cost), "selected", 50.0 + number)]
+    runs["m7@70"].append(with_accuracy(runs["m7@70"][0], "selected", 3.0))  # a bar that only its own part draws
     first, second = (part.axes for part in figure(monkeypatch, spec, runs, tmp_path).subfigs)
     assert [axis.get_title(loc="left") for axis in (*first, *second)] == ["one-shot", "after fine-tuning"] * 2
     drawn = [[bar.get_label() for bar in axes[1].containers] for axes in (first, second)]

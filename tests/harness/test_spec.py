@@ -416,7 +416,7 @@ def test_committed_evidence_belongs_to_the_cases_of_today():
 SHRUNK = """
 [cases.many]
 like = "hap"
-task = "fakes:shrinkable_task"
+task = {use = "fakes:shrinkable_task", width = 8}
 score = {use = "fakes:score", probes = 300}
 reference = "fakes:score"
 finetune = {epochs = 9, lr = 0.1, warmup_epochs = 3, nesterov = true}
@@ -442,7 +442,7 @@ finetune = {epochs = 1, lr = 0.1}
 def test_a_case_under_smoke_is_small_in_every_stage(tmp_path):
     cases = load(tmp_path, SPEC + SHRUNK).cases
     many, thorough, mine, small = (smoke(cases[name]) for name in ("many", "thorough", "mine", "small"))
-    assert many.task == Ref(use="fakes:shrinkable_task", options={"smoke": True})
+    assert many.task == Ref(use="fakes:shrinkable_task", options={"width": 8, "smoke": True})
     assert many.finetune == Recipe(epochs=1, lr=0.1, warmup_epochs=1, nesterov=True)
     assert many.score == many.reference == Ref(use="fakes:score", options={"probes": 2})  # 3 is the default
     assert (many.name, many.spec, many.budget, many.implant) == ("many", "table", *_kept(cases["many"]))
