@@ -28,7 +28,7 @@ CORE = (
 HARNESS = (
     "files binding provenance events recipe tasks batchnorm stepping checkpoints training "
     "tasks.cache tasks.nets tasks.data tasks.digits_preresnet tasks.cifar10 tasks.cifar10_resnet20 "
-    "tasks.cifar10_resnet56 cases spec scoring run store judge plugin report doctor cli"
+    "tasks.cifar10_resnet56 cases spec scoring run store judge plugin report rehearsal doctor progress cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 

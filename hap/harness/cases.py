@@ -93,16 +93,17 @@ def expand(spec: str, name: str, tables: Mapping[str, CaseTable], shared: Given)
 
 
 def smoke(case: Case) -> Case:
-    """The case shrunk, to see each stage at work: a task with a `smoke` option, few probes, one epoch.
+    """The case shrunk, to see each stage at work: a task with a `smoke` option, few probes, one epoch, not compiled.
 
     Its key is that of the full case only where there was nothing to shrink.
     """
     refs = {role: _few(ref) for role in ("score", "reference", "method") if (ref := getattr(case, role)) is not None}
     task, finetune = case.task, case.finetune
     if "smoke" in _options(task):
-        task = task.model_copy(update={"options": {**task.options, "smoke": True}})
+        options = {name: value for name, value in task.options.items() if name != "compile"}
+        task = task.model_copy(update={"options": {**options, "smoke": True}})
     if finetune is not None:
-        finetune = replace(finetune, epochs=1, warmup_epochs=min(finetune.warmup_epochs, 1))
+        finetune = replace(finetune, epochs=1, warmup_epochs=min(finetune.warmup_epochs, 1), compile=False)
     return case.model_copy(update={**refs, "task": task, "finetune": finetune})
 
 

@@ -2,9 +2,7 @@
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,6 +76,7 @@ def run(
     tier: Annotated[str | None, typer.Option(help="Only specs of this tier: quick, cpu or gpu.")] = None,
     case: Annotated[str | None, typer.Option(help="Only this case.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Make evidence anew where it exists.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Rehearse: all stages, few images, nothing kept.")] = False,
     results: Results = None,
 ) -> None:
     """Make the evidence that is missing, judge it, write the report."""
@@ -89,6 +88,8 @@ def run(
     chosen = {path: spec for path, spec in chosen.items() if tier in (None, spec.tier)}
     if not chosen:
         raise HapError(f"--tier {tier}: no spec is of this tier")
+    if smoke:
+        return _rehearse(chosen, case)
     for path, spec in chosen.items():
         _make(spec, _cases(spec, case), _results(path, results), again, skip=len(chosen) > 1)
     failed = [_close(path, spec, _results(path, results)) for path, spec in chosen.items()]
@@ -151,10 +152,11 @@ def _cases(spec: "Spec", name: str | None) -> list["Case"]:
 
 def _make(spec: "Spec", cases: list["Case"], results: Path, again: bool, skip: bool) -> None:
     from hap.harness import store
+    from hap.harness.progress import progress
     from hap.harness.tasks import MissingData
 
     pairs = [(case, seed) for case in cases for seed in spec.seeds]
-    with _progress(spec.name, len(pairs)) as step:
+    with progress(spec.name, len(pairs), out) as step:
         for case, seed in pairs:
             try:
                 with step(f"{case.name} seed {seed}") as say:
@@ -166,39 +168,13 @@ def _make(spec: "Spec", cases: list["Case"], results: Path, again: bool, skip: b
                 return
 
 
-@contextmanager
-def _progress(name: str, total: int) -> Iterator[Callable[[str], Any]]:
-    """Gives a context for each step: a bar on a terminal, two plain lines a step elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _rehearse(chosen: "dict[Path, Spec]", case: str | None) -> None:
+    from hap.harness.rehearsal import rehearsal
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    done = 0
-    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
-        task = bar.add_task(name, total=total)
-
-        @contextmanager
-        def step(what: str) -> Iterator[Callable[[Any], None]]:
-            nonlocal done
-            start, where = time.perf_counter(), f"{name} [{done + 1}/{total}] {what}"
-            if not out.is_terminal:
-                _say(where)
-
-            def say(event: Any) -> None:
-                if str(event).startswith("warning: "):
-                    _say(f"{where}: {event}")
-                    return
-                part = getattr(event, "fraction", None) or 0.0
-                bar.update(task, description=f"{name}: {what}, {event}", completed=done + 0.99 * part)
-
-            say("looking for evidence")
-            yield say
-            done += 1
-            bar.update(task, completed=done)
-            if not out.is_terminal:
-                _say(f"{where}: there after {time.perf_counter() - start:.1f} s")
-
-        yield step
-        bar.update(task, description=name)
+    for path, spec in chosen.items():
+        with rehearsal(spec, path.absolute().parent.parent) as (small, folder):
+            _make(small, _cases(small, case), folder, again=False, skip=len(chosen) > 1)
+        _say(f"{spec.name}: went through every stage; nothing of it is kept")
 
 
 def _close(path: Path, spec: "Spec", results: Path) -> bool:
