@@ -25,7 +25,7 @@ CORE = (
     "implants cost testing"
 ).split()
 HARNESS = (
-    "files binding provenance tasks training tasks.cache tasks.nets tasks.data tasks.digits_preresnet "
+    "files binding provenance tasks training upstream tasks.cache tasks.nets tasks.data tasks.digits_preresnet "
     "tasks.cifar10 tasks.cifar10_resnet20 tasks.cifar10_resnet56 spec scoring run store judge plugin report doctor cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
