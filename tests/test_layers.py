@@ -5,7 +5,7 @@ surgery adds, `layers` says what modules are, `taps` is what a model looks like 
 `tally` and `graph` are what curvature is built of. The harness deviates in that what has no readers yet to come moves
 up: `binding` (how a name in a spec becomes a function), `files` and `provenance` know nothing of the rest; `tasks`
 comes before `training`, which trains a Task, and so before `spec`, which holds a Recipe; the single tasks come after
-it, for they train themselves.
+it, for they train themselves; `upstream`, a method that only specs name, needs no more than a Task.
 """
 
 import ast
@@ -26,7 +26,9 @@ CORE = (
 ).split()
 HARNESS = (
     "files binding provenance tasks training upstream tasks.cache tasks.nets tasks.data tasks.digits_preresnet "
-    "tasks.cifar10 tasks.cifar10_resnet20 tasks.cifar10_resnet56 spec scoring run store judge plugin report doctor cli"
+    "tasks.cifar10 tasks.cifar10_scratch tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
+    "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
+    "spec scoring run store judge plugin report doctor cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 
