@@ -19,7 +19,6 @@ from hap import HapError
 from hap.groups import Groups
 from hap.harness.binding import Function, Ref, resolve
 from hap.harness.tasks import Task
-from hap.patch import Patch
 from hap.plan import Budget, Fate, Plan, cost
 from hap.surgery import apply
 
@@ -222,10 +221,8 @@ def _biased(model: nn.Module, groups: Groups) -> str | None:
 @torch.no_grad()
 def _reset(model: nn.Module, small: nn.Module, chosen: Plan) -> None:
     for name, line in chosen.rows.items():
-        dense, now = model.get_submodule(name), small.get_submodule(name)
-        if not isinstance(dense, nn.Conv2d) or dense.kernel_size != (1, 1):
-            continue
-        conv = now.parts[0] if isinstance(now, Patch) else now
-        moderate: Bool[Tensor, "rows"] = torch.tensor([letter == "o" for letter in line if letter != "-"])
-        for p in conv.parameters():
-            p[moderate.to(p.device)] = 0
+        dense = model.get_submodule(name)
+        if isinstance(dense, nn.Conv2d) and dense.kernel_size == (1, 1):
+            moderate: Bool[Tensor, "rows"] = torch.tensor([letter == "o" for letter in line if letter != "-"])
+            for p in small.get_submodule(name).parameters():  # its own or, in a Patch, those of the only part
+                p[moderate.to(p.device)] = 0

@@ -188,6 +188,13 @@ def test_the_inverted_guard_meets_a_budget_at_ratio_zero_and_a_search_may_begin_
     assert meant.budget["ratio"] == brute("vgg", 0, "params", 0.5, 0.1, inverted_guard=False) > 0.3
 
 
+@pytest.mark.parametrize("unit", ["params", "macs"])
+def test_a_budget_met_exactly_is_met(unit):
+    _, chosen = prune("vgg", Budget(**{unit: 0.4}), 1)
+    _, again = prune("vgg", Budget(**{unit: chosen.removed[unit]}), 1)
+    assert again.budget["ratio"] == chosen.budget["ratio"]
+
+
 def test_a_budget_that_no_ratio_meets_is_refused():
     with pytest.raises(HapError, match=r"budget.params: 0.99\d* is removed at no ratio by the rules of the published"):
         prune("resnet", Budget(params=0.9999))
@@ -258,6 +265,15 @@ def test_a_layer_over_its_limit_is_cut_at_its_own_percentile(monkeypatch):
     # at 0.95 its own percentile is its highest score, so none is above
     _, chosen = by_hand(monkeypatch, "lone", 0.8, limit=0.9499, scores={"0": values[::-1], "5": OUT})
     assert chosen.rows["0"] == "#" + "-" * 19
+
+
+def test_the_limit_is_compared_in_the_arithmetic_of_the_published_code(monkeypatch):
+    """In floats of 64 bits 1 - 14 / 20 is above 0.3, in those of 32 it is not; so 14 of 20 left are too few."""
+    values = [float(i) for i in range(20)]
+    _, chosen = by_hand(monkeypatch, "lone", 0.22, limit=0.3, scores={"0": values, "5": OUT})
+    assert chosen.rows["0"] == "-" * 7 + "#" * 13
+    _, chosen = by_hand(monkeypatch, "lone", 0.22, limit=0.31, scores={"0": values, "5": OUT})
+    assert chosen.rows["0"] == "-" * 6 + "#" * 14
 
 
 def test_the_inverted_guard_cuts_the_layer_that_is_almost_whole(monkeypatch):
