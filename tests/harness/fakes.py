@@ -171,3 +171,37 @@ dense = 93.26
 accuracy = 93.17
 source = "made up <for a test>"
 """
+
+
+GIVEN: dict[str, list[float]] = {}  # scores of rows by layer, for `given`
+
+
+def row_scores(model, rng) -> dict[str, Any]:
+    """A random score for each row of each convolution and linear layer, some equal, some negative."""
+    import torch
+    from torch import nn
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    return {name: (torch.randn(len(m.weight), generator=rng) * 8).round() / 8 for name, m in layers.items()}
+
+
+def by_row(model, loss, batches, groups, *, rng):
+    """A score that sums `row_scores` over a group."""
+    return _spread(model, groups, row_scores(model, rng))
+
+
+def given(model, loss, batches, groups, *, rng):
+    """A score that sums GIVEN over a group."""
+    import torch
+
+    return _spread(model, groups, {name: torch.tensor(values) for name, values in GIVEN.items()})
+
+
+def _spread(model, groups, rows):
+    import torch
+
+    values = {}
+    for name, scores in rows.items():
+        values[f"{name}.weight"] = torch.zeros_like(model.get_submodule(name).weight.detach())
+        values[f"{name}.weight"].flatten(1)[:, 0] = scores
+    return groups.reduce(values)

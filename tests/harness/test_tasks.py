@@ -5,7 +5,7 @@ from torch import nn
 from hap import HapError
 from hap.cost import macs, params
 from hap.harness import training
-from hap.harness.tasks import cache, cifar10_resnet20, cifar10_resnet56, digits_preresnet
+from hap.harness.tasks import cache, cifar10_resnet20, cifar10_resnet32, cifar10_resnet56, digits_preresnet
 from hap.harness.tasks.nets import preresnet, resnet, vgg16
 from hap.harness.training import generator
 
@@ -144,6 +144,13 @@ def test_the_pretrained_resnet20_has_its_published_accuracy(cifar):
     assert task.evaluate(task.model, "test")["accuracy"] == pytest.approx(91.73, abs=0.05)
     assert "resnet20-12fca82f.th sha256 12fca82f" in task.data.note
     assert task.data.official == ("unofficial" not in task.data.note)
+
+
+def test_the_pretrained_resnet32_has_its_published_accuracy(cifar):
+    task = cifar10_resnet32.task(0)
+    assert task.name == "cifar10_resnet32"
+    assert task.evaluate(task.model, "test")["accuracy"] == pytest.approx(92.63, abs=0.05)
+    assert "resnet32-d509ac18.th sha256 d509ac18" in task.data.note
 
 
 def test_the_pretrained_resnet56_has_its_published_accuracy(cifar):

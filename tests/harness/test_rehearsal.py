@@ -1,0 +1,39 @@
+"""Every spec we have goes through every stage, on images made up: what a GPU will be asked to do is not new to it."""
+
+from pathlib import Path
+
+import pytest
+
+from hap.harness import store
+from hap.harness.cases import smoke
+from hap.harness.rehearsal import rehearsal
+from hap.harness.spec import find_specs, load_spec
+from hap.harness.store import ensure
+
+ROOT = Path(__file__).parents[2]
+SPECS = find_specs(ROOT / "reproductions")
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_a_spec_goes_through_every_stage(path, fakedata, tmp_path, monkeypatch):
+    monkeypatch.setenv("HAP_DATA", str(fakedata))
+    monkeypatch.setenv("HAP_CACHE", str(tmp_path))
+    before = sorted(file for file in (ROOT / "results").rglob("*") if file.is_file())
+    spec = load_spec(path)
+    with rehearsal(spec, ROOT) as (small, folder):
+        assert {name.partition("@")[0] for name in small.cases} == {name.partition("@")[0] for name in spec.cases}
+        for case in small.cases.values():
+            made = ensure(case, spec.seeds[0], folder)
+            assert made.plan["removed"][case.budget.unit] >= case.budget.target
+            assert len(made.epochs) == (0 if case.finetune is None else 1 + case.finetune.stabilise)
+            assert made.key == case.key
+        assert len(store.evidence(small, folder)) == len(small.cases)
+    assert not folder.exists()
+    assert sorted(file for file in (ROOT / "results").rglob("*") if file.is_file()) == before
+
+
+def test_what_is_rehearsed_is_never_taken_for_evidence():
+    """Its keys are those of the full cases only where all there is to do is done anyway."""
+    for path in SPECS:
+        for name, case in load_spec(path).cases.items():
+            assert smoke(case).key != case.key, (path.stem, name)
