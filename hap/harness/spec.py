@@ -48,7 +48,7 @@ class Reported(Strict):
     method: Text
     model: Text
     data: Text
-    dense: Percent  # accuracy
+    dense: Percent | None = None  # accuracy, where the source gives it
     accuracy: Percent
     params_pruned: Percent | None = None
     macs_pruned: Percent | None = None  # or of FLOPs: the share is the same
