@@ -78,13 +78,13 @@ def merge(module: nn.Module) -> nn.Module:
             p for k, wide in zip(conv.weight.shape[:1:-1], reversed(size), strict=True) for p in [(wide - k) // 2] * 2
         ]
         weights.append(nn.functional.pad(conv.weight.detach(), pad))
-    rows = torch.cat([*weights, torch.zeros_like(weights[0][:1])])[module.order]
-    wide = rows.new_zeros(len(rows), module.given, *size).index_copy(1, module.take, rows)
-    merged.weight = nn.Parameter(wide)
+    rows = torch.cat(weights)
+    tall = rows.new_zeros(module.width, *rows.shape[1:]).index_copy(0, module.places, rows)
+    merged.weight = nn.Parameter(tall.new_zeros(len(tall), module.given, *size).index_copy(1, module.take, tall))
     if any(conv.bias is not None for conv in convs):
-        biases = [c.weight.new_zeros(c.out_channels) if c.bias is None else c.bias.detach() for c in convs]
-        merged.bias = nn.Parameter(torch.cat([*biases, biases[0].new_zeros(1)])[module.order])
-    merged.out_channels, merged.in_channels = len(rows), module.given
+        bias = torch.cat([c.weight.new_zeros(len(c.weight)) if c.bias is None else c.bias.detach() for c in convs])
+        merged.bias = nn.Parameter(bias.new_zeros(module.width).index_copy(0, module.places, bias))
+    merged.out_channels, merged.in_channels = module.width, module.given
     return merged
 
 

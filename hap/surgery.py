@@ -143,15 +143,11 @@ def _cuts(groups: Groups, plan: Plan) -> dict[str, Cut]:
 
 def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module], device: torch.device) -> nn.Module:
     """One part alone where nothing is selected or scattered, else a Patch."""
-    rows = torch.cat([cut.kept, cut.implanted])
-    place = torch.full((len(cut.written),), len(rows)).index_copy_(0, rows, torch.arange(len(rows)))[cut.written]
-    given = cut.given.cumsum(0) - 1
-    take = given[cut.slots]
-    whole = len(take) == int(cut.given.sum())
-    if len(parts) == 1 and whole and torch.equal(place, torch.arange(len(rows))):
+    places = (cut.written.cumsum(0) - 1)[torch.cat([cut.kept, cut.implanted])]
+    take, given, width = (cut.given.cumsum(0) - 1)[cut.slots], int(cut.given.sum()), int(cut.written.sum())
+    if len(parts) == 1 and len(take) == given and torch.equal(places, torch.arange(width)):
         return parts[0]
-    idle = bool((place == len(rows)).any())
-    return Patch(parts, place.to(device), take.to(device), axis(module), int(cut.given.sum()), idle)
+    return Patch(parts, places.to(device), take.to(device), axis(module), given, width)
 
 
 def _absorb(small: nn.Module, groups: Groups, cuts: dict[str, Cut], name: str, implant: nn.Module) -> nn.Module:
