@@ -40,8 +40,8 @@ class Patch(nn.Module):
         return beside.gather(-1, self.take.expand(*beside.shape[:-1], -1)).movedim(-1, self.axis)
 
     def _beside(self, x: Tensor) -> bool:
-        """Whether the channels of a position lie side by side (channels_last, tokens): gather and scatter are fast then.
+        """Whether the channels of a position lie side by side: channels_last, tokens; gather and scatter are fast.
 
-        index_select is slow there and loses the format; but a compiler fuses it, and it is the Gather of ONNX.
+        index_select is slow then and loses the format; but a compiler fuses it, and it is the Gather of ONNX.
         """
         return x.stride(self.axis) == 1 and not torch.compiler.is_compiling()

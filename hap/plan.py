@@ -98,13 +98,12 @@ class Plan:
         """The fate of each group; HapError when the plan was made for other groups."""
         wide = {name: s.rows for name, s in groups.shapes.items() if s.mixing}
         for name in [*wide, *self.rows]:
-            if len(self.rows.get(name, "")) != wide.get(name, 0):
-                found, expected = len(self.rows.get(name, "")), wide.get(name, 0)
+            found, expected = len(self.rows.get(name, "")), wide.get(name, 0)
+            if found != expected:
                 raise HapError(f"plan: {name} with {expected} rows expected, as in the model, found {found}")
         index = {letter: int(fate) for fate, letter in LETTER.items()}
-        fate = torch.full_like(groups.row_group, int(Fate.KEEP))
-        for name, line in self.rows.items():
-            fate[groups.shapes[name].rows_at] = torch.tensor([index[c] for c in line])
+        lines = "".join(self.rows.get(name, LETTER[Fate.KEEP] * s.rows) for name, s in groups.shapes.items())
+        fate = torch.tensor([index[letter] for letter in lines], dtype=torch.long)
         of = groups.row_group
         fates = torch.full((len(groups),), int(Fate.KEEP)).index_copy(0, of[of >= 0], fate[of >= 0])
         if not torch.equal(by_row(groups, fates), fate):
@@ -137,9 +136,7 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
     if not len(groups):
         raise HapError("plan: no group may be pruned; every row reaches the output or a module that cannot be sliced")
     if scores.shape != (len(groups),):
-        raise HapError(
-            f"scores: one number for each of {len(groups)} groups expected, found shape {tuple(scores.shape)}"
-        )
+        raise HapError(f"scores: one number for each of {len(groups)} groups expected, found shape {[*scores.shape]}")
     if not bool(scores.isfinite().all()):
         raise HapError(f"scores: finite numbers expected, found {int((~scores.isfinite()).sum())} that are not")
     order, ends = _order(groups, scores, budget)
@@ -191,40 +188,38 @@ def _order(groups: Groups, scores: Tensor, budget: Budget) -> tuple[list[int], l
 
     With a multiple a group waits until enough others go with it: those of highest score are still there at the end.
     """
-    need: list[Counter[int]] = [Counter() for _ in range(len(groups))]  # rows of each layer
-    left, room, waiting = list[int](), list[int](), defaultdict[int, list[int]](list)
-    for layer, s in enumerate(groups.shapes.values()):
-        left.append(s.rows)
-        room.append(min(floor(budget.layer_limit * s.rows + 1e-9), s.rows - 1))
-        for group in groups.row_group[s.rows_at][groups.row_group[s.rows_at] >= 0].tolist():
+    need: list[Counter[str]] = [Counter() for _ in range(len(groups) + 1)]  # rows by layer; the last: of no group
+    left, room, waiting = Counter[str](), Counter[str](), defaultdict[str, list[int]](list)
+    for layer, s in groups.shapes.items():
+        left[layer], room[layer] = s.rows, min(floor(budget.layer_limit * s.rows + 1e-9), s.rows - 1)
+        for group in groups.row_group[s.rows_at].tolist():
             need[group][layer] += 1
+
+    def lump(group: int) -> list[int]:
+        """The group and others that wait, so many that each layer keeps a multiple; none while there are too few."""
+        found = [group]
+        while torn := {
+            layer
+            for layer, rows in sum((need[each] for each in found), Counter[str]()).items()
+            if (left[layer] - rows) % (budget.multiple or 1)
+        }:
+            more = [each for layer in sorted(torn) for each in waiting[layer] if each not in found]
+            if not more:
+                return []
+            # first those that mend much and tear nothing that is whole, then those of lowest score
+            found.append(min(more, key=lambda each: (len(need[each].keys() - torn), -len(need[each].keys() & torn))))
+        return found
+
     order, ends = list[int](), [0]
     for group in scores.argsort(stable=True).tolist():
-        if any(room[layer] < rows for layer, rows in need[group].items()):
-            continue
-        for layer, rows in need[group].items():
-            room[layer] -= rows
-            waiting[layer].append(group)
-        for each in (lump := _lump(group, waiting, need, left, budget.multiple or 1)):
-            for layer, rows in need[each].items():
-                left[layer] -= rows
-                waiting[layer].remove(each)
-        order, ends = order + lump, ends + [len(order) + len(lump)] * bool(lump)
+        if need[group] <= room:
+            room.subtract(need[group])
+            for layer in need[group]:
+                waiting[layer].append(group)
+            for each in (going := lump(group)):
+                left.subtract(need[each])
+                for layer in need[each]:
+                    waiting[layer].remove(each)
+            order += going
+            ends += [len(order)] * bool(going)
     return order, ends
-
-
-def _lump(
-    group: int, waiting: dict[int, list[int]], need: list[Counter[int]], left: list[int], multiple: int
-) -> list[int]:
-    """The group and others that wait, so many that each layer keeps a multiple; none where there are too few."""
-    lump = [group]
-    while True:
-        gone = sum((need[each] for each in lump), Counter[int]())
-        torn = {layer for layer, rows in gone.items() if (left[layer] - rows) % multiple}
-        if not torn:
-            return lump
-        more = [each for layer in sorted(torn) for each in waiting[layer] if each not in lump]
-        if not more:
-            return []
-        # first those that mend much and tear nothing that is whole, then those of lowest score
-        lump.append(min(more, key=lambda each: (len(need[each].keys() - torn), -len(need[each].keys() & torn))))

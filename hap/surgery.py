@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -29,6 +29,7 @@ class Inputs:
 
 
 Implant = Callable[[nn.Module, Tensor, Inputs], nn.Module]
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Cut(NamedTuple):
@@ -92,25 +93,29 @@ def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     return masked
 
 
-def resize(module: nn.Module, rows: Tensor, slots: Tensor) -> nn.Module:
-    """Keep only these rows and slots of a convolution, linear or channelwise layer, in place."""
+def resize(module: Layer, rows: Tensor, slots: Tensor) -> Layer:
+    """Keep only these rows and slots of a convolution, linear or channelwise layer, in place and in its format."""
     for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if value.dim() == 0:
             continue  # num_batches_tracked
         cut = value.detach().index_select(0, rows.to(value.device))
         if value.dim() > 1 and getattr(module, "groups", 1) == 1:
             cut = cut.index_select(1, slots.to(value.device))
+        if value.dim() == 4 and not value.is_contiguous():
+            cut = cut.contiguous(memory_format=torch.channels_last)
         trained = isinstance(value, nn.Parameter)
         setattr(module, name, nn.Parameter(cut, requires_grad=value.requires_grad) if trained else cut)
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = len(rows), len(slots)
-    elif isinstance(module, _ConvNd):
-        if module.groups > 1:  # whole groups go
-            module.groups = len(slots) * module.groups // module.in_channels
-        module.out_channels, module.in_channels = len(rows), len(slots)
-    else:
-        assert isinstance(module, _BatchNorm | _InstanceNorm)
-        module.num_features = len(rows)
+    if isinstance(module, _ConvNd):  # of a grouped one whole groups go
+        module.groups = max(1, len(slots) * module.groups // module.in_channels)
+    wide = {
+        "out_features": rows,
+        "out_channels": rows,
+        "num_features": rows,
+        "in_features": slots,
+        "in_channels": slots,
+    }
+    for name in wide.keys() & vars(module).keys():
+        setattr(module, name, len(wide[name]))
     return module
 
 
@@ -176,17 +181,14 @@ def _inputs(model: nn.Module, groups: Groups, name: str, cut: Cut, batches: Iter
 
     def seen() -> Iterator[Tensor]:
         held: list[Tensor] = []
-        handle = module.register_forward_pre_hook(
+        with module.register_forward_pre_hook(
             lambda _, args, kwargs: held.append(first_tensor(args, kwargs).detach()), with_kwargs=True
-        )
-        try:
+        ):
             for batch in batches:
                 with torch.no_grad(), evaluating(model):
                     call(model, batch)
                 yield from held
                 held.clear()
-        finally:
-            handle.remove()
 
     return Inputs(seen, cut.slots, tracked or getattr(module, "bias", None) is not None)
 

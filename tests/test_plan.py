@@ -136,7 +136,7 @@ def test_an_impossible_budget_says_how_much_is_possible():
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
-        (torch.rand(3), r"one number for each of 64 groups expected, found shape \(3,\)"),
+        (torch.rand(3), r"one number for each of 64 groups expected, found shape \[3\]"),
         (torch.full((64,), torch.nan), "finite numbers expected, found 64 that are not"),
     ],
 )
