@@ -13,8 +13,8 @@ PIECEWISE_LINEAR = frozenset(
     "AccumulateGrad T Transpose Permute View ReshapeAlias UnsafeView Relu Hardtanh LeakyRelu PreluKernel Threshold "
     "Abs Clamp ClampMin ClampMax Maximum Minimum Amax MaxPool2DWithIndices MaxPool1D AvgPool2D AdaptiveAvgPool2D "
     "AdaptiveMaxPool2D Mean Add Sub Sum Neg Cat Stack Slice Select Split SplitWithSizes Unbind Squeeze Unsqueeze Clone "
-    "ConstantPadNd NativeBatchNorm CudnnBatchNorm IndexSelect Index AsStrided Expand PixelShuffle PixelUnshuffle "
-    "UpsampleNearest2D UpsampleBilinear2D Alias ToCopy".split()
+    "ConstantPadNd NativeBatchNorm CudnnBatchNorm IndexSelect Index Gather Scatter AsStrided Expand PixelShuffle "
+    "PixelUnshuffle UpsampleNearest2D UpsampleBilinear2D Alias ToCopy".split()
 )
 # linear as long as only one factor is more than a parameter
 BILINEAR = frozenset({"Convolution", "Addmm", "Mm", "Mul", "Div", "Bmm", "Addcmul"})

@@ -23,14 +23,11 @@ def zero(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
     return pointwise
 
 
-def centre_tap(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
+def centre_tap(module: nn.Module, rows: Tensor, inputs: Inputs) -> _ConvNd:
     """A pointwise convolution with the trained centre of each kernel, as in the figure of [Yu22]."""
     assert isinstance(module, _ConvNd)
     pointwise = resize(copy.deepcopy(module), rows, inputs.slots)
-    assert isinstance(pointwise, _ConvNd)
-    centre = pointwise.weight.detach()
-    for k in module.kernel_size:
-        centre = centre.narrow(centre.dim() - pointwise.weight.dim() + 2, k // 2, 1).movedim(2, -1)
+    centre = pointwise.weight.detach()[:, :, *(slice(k // 2, k // 2 + 1) for k in module.kernel_size)]
     pointwise.weight = nn.Parameter(centre.clone(), requires_grad=pointwise.weight.requires_grad)
     pointwise.kernel_size = pointwise.dilation = (1,) * len(module.kernel_size)
     pointwise.padding, pointwise.padding_mode = (0,) * len(module.kernel_size), "zeros"
@@ -47,19 +44,23 @@ def least_squares(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
     """
     pointwise = centre_tap(module, rows, inputs)
     assert isinstance(module, _ConvNd)
-    assert isinstance(pointwise, _ConvNd)
     dense = resize(copy.deepcopy(module), rows, torch.arange(module.in_channels))
-    zz: Tensor | float = 0.0
-    zy: Tensor | float = 0.0
+    zz = zy = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for x in inputs.batches():
-            z = _columns(_taps(x.index_select(1, inputs.slots.to(x.device)), module.stride))
+            # what a pointwise convolution reads: one position for each of its outputs
+            taps = x[(slice(None), slice(None), *(slice(None, None, step) for step in module.stride))]
+            z = _columns(taps.index_select(1, inputs.slots.to(x.device)))
             if inputs.constant:
                 z = torch.cat([z, torch.ones_like(z[:1])])
             zz, zy = zz + z @ z.T, zy + z @ _columns(dense(x)).T
-    if not isinstance(zz, Tensor) or not isinstance(zy, Tensor):
-        raise HapError("implant least_squares: calibration batches expected, found none; pass batches= to apply()")
-    return _set(pointwise, (torch.linalg.pinv(zz, hermitian=True) @ zy).T, inputs)
+        if not zz.dim():
+            raise HapError("implant least_squares: calibration batches expected, found none; pass batches= to apply()")
+        solution = (torch.linalg.pinv(zz, hermitian=True) @ zy).T.to(pointwise.weight)
+        pointwise.weight.copy_(solution[:, : len(inputs.slots)].reshape(pointwise.weight.shape))
+        if inputs.constant:
+            pointwise.bias = nn.Parameter(solution[:, -1].clone(), requires_grad=pointwise.weight.requires_grad)
+    return pointwise
 
 
 def merge(module: nn.Module) -> nn.Module:
@@ -72,34 +73,16 @@ def merge(module: nn.Module) -> nn.Module:
     convs = [part for part in module.parts if isinstance(part, _ConvNd)]
     merged = copy.deepcopy(max(convs, key=lambda conv: conv.weight[0].numel()))
     size = merged.weight.shape[2:]
-    weights = []
-    for conv in convs:
-        pad = [
-            p for k, wide in zip(conv.weight.shape[:1:-1], reversed(size), strict=True) for p in [(wide - k) // 2] * 2
-        ]
-        weights.append(nn.functional.pad(conv.weight.detach(), pad))
-    rows = torch.cat([*weights, torch.zeros_like(weights[0][:1])])[module.order]
-    wide = rows.new_zeros(len(rows), module.given, *size).index_copy(1, module.take, rows)
-    merged.weight = nn.Parameter(wide)
+    pads = [[(w - k) // 2 for k, w in zip(c.weight.shape[:1:-1], size[::-1], strict=True) for _ in "01"] for c in convs]
+    rows = torch.cat([nn.functional.pad(c.weight.detach(), pad) for c, pad in zip(convs, pads, strict=True)])
+    tall = rows.new_zeros(module.width, *rows.shape[1:]).index_copy(0, module.places, rows)
+    merged.weight = nn.Parameter(tall.new_zeros(len(tall), module.given, *size).index_copy(1, module.take, tall))
     if any(conv.bias is not None for conv in convs):
-        biases = [c.weight.new_zeros(c.out_channels) if c.bias is None else c.bias.detach() for c in convs]
-        merged.bias = nn.Parameter(torch.cat([*biases, biases[0].new_zeros(1)])[module.order])
-    merged.out_channels, merged.in_channels = len(rows), module.given
+        bias = torch.cat([c.weight.new_zeros(len(c.weight)) if c.bias is None else c.bias.detach() for c in convs])
+        merged.bias = nn.Parameter(bias.new_zeros(module.width).index_copy(0, module.places, bias))
+    merged.out_channels, merged.in_channels = module.width, module.given
     return merged
-
-
-def _taps(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The inputs that a pointwise convolution reads, one position for each of its outputs."""
-    return x[(slice(None), slice(None), *(slice(None, None, step) for step in stride))]
 
 
 def _columns(x: Tensor) -> Float[Tensor, "channels positions"]:
     return x.movedim(1, 0).flatten(1).double()
-
-
-def _set(pointwise: _ConvNd, solution: Tensor, inputs: Inputs) -> nn.Module:
-    weight, like = solution[:, : len(inputs.slots)], pointwise.weight
-    pointwise.weight = nn.Parameter(weight.to(like).reshape(like.shape), requires_grad=like.requires_grad)
-    if inputs.constant:
-        pointwise.bias = nn.Parameter(solution[:, -1].to(like), requires_grad=like.requires_grad)
-    return pointwise

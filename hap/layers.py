@@ -108,11 +108,8 @@ def sort(model: nn.Module, opaque: Sequence[str]) -> tuple[dict[str, nn.Module],
     if missing := set(opaque) - set(named):
         raise HapError(f"opaque: no module {min(missing)} in {type(model).__name__}")
     for name, module in named.items():
-        if (
-            name in opaque
-            or isinstance(module, BARRIERS)
-            or (isinstance(module, nn.PReLU) and module.num_parameters > 1)
-        ):
+        by_channel = isinstance(module, nn.PReLU) and module.num_parameters > 1
+        if name in opaque or isinstance(module, BARRIERS) or by_channel:
             barriers[name] = module
         elif not any(name.startswith(f"{outer}.") for outer in opaque):
             refuse_unsliceable(name, module)

@@ -1,9 +1,11 @@
 """A fate per group from scores and a budget, with the cost of every plan computed exactly."""
 
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from math import ceil, floor
+from math import floor
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +32,8 @@ class Budget:
     """How much to remove: a fraction of the groups, the parameters or the MACs, exactly one of them.
 
     `implant`: the share of the pruned groups, those of highest score, that become implants ([HAP-code]: ni_ratio).
-    `layer_limit`: the largest fraction of a layer's rows that may be pruned; one row always stays.
+    `layer_limit`: the largest fraction of a layer's rows that may be pruned; one row always stays. `multiple`: channels
+    kept per layer are rounded up to a multiple of this, so that kernels are full; groups of highest score come back.
     """
 
     params: float | None = None
@@ -38,6 +41,7 @@ class Budget:
     groups: float | None = None
     implant: float = 0.0
     layer_limit: float = 0.95
+    multiple: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a budget that no plan can meet."""
@@ -46,10 +50,13 @@ class Budget:
             raise HapError(f"budget: exactly one of params, macs, groups expected, found {sorted(given) or 'none'}")
         if not 0 < self.target < 1:
             raise HapError(f"budget.{self.unit}: a fraction between 0 and 1 to remove expected, found {self.target}")
-        if not 0 <= self.implant < 1:
-            raise HapError(f"budget.implant: a share of at least 0 and below 1 expected, found {self.implant}")
-        if not 0 < self.layer_limit <= 1:
-            raise HapError(f"budget.layer_limit: a fraction above 0 and at most 1 expected, found {self.layer_limit}")
+        for name, rule, holds in (
+            ("implant", "a share of at least 0 and below 1", 0 <= self.implant < 1),
+            ("layer_limit", "a fraction above 0 and at most 1", 0 < self.layer_limit <= 1),
+            ("multiple", "a number of at least 1", self.multiple is None or self.multiple >= 1),
+        ):
+            if not holds:
+                raise HapError(f"budget.{name}: {rule} expected, found {getattr(self, name)}")
 
     @property
     def unit(self) -> str:
@@ -91,13 +98,12 @@ class Plan:
         """The fate of each group; HapError when the plan was made for other groups."""
         wide = {name: s.rows for name, s in groups.shapes.items() if s.mixing}
         for name in [*wide, *self.rows]:
-            if len(self.rows.get(name, "")) != wide.get(name, 0):
-                found, expected = len(self.rows.get(name, "")), wide.get(name, 0)
+            found, expected = len(self.rows.get(name, "")), wide.get(name, 0)
+            if found != expected:
                 raise HapError(f"plan: {name} with {expected} rows expected, as in the model, found {found}")
         index = {letter: int(fate) for fate, letter in LETTER.items()}
-        fate = torch.full_like(groups.row_group, int(Fate.KEEP))
-        for name, line in self.rows.items():
-            fate[groups.shapes[name].rows_at] = torch.tensor([index[c] for c in line])
+        lines = "".join(self.rows.get(name, LETTER[Fate.KEEP] * s.rows) for name, s in groups.shapes.items())
+        fate = torch.tensor([index[letter] for letter in lines], dtype=torch.long)
         of = groups.row_group
         fates = torch.full((len(groups),), int(Fate.KEEP)).index_copy(0, of[of >= 0], fate[of >= 0])
         if not torch.equal(by_row(groups, fates), fate):
@@ -121,34 +127,36 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
     """Prune the groups of lowest score until the budget is met, and not one more.
 
     A group whose loss would push a layer over its limit is passed over, so the most sensitive rows of a layer stay.
-    Of the pruned groups, the share `budget.implant` of highest score become implants. Raises HapError when scores are
-    not finite or the budget cannot be met.
+    Of the pruned groups, the share `budget.implant` of highest score become implants. With `budget.multiple`, both the
+    rows that are kept and those that are left, implants included, are a multiple in each layer, or all of its rows: the
+    implants are a convolution of their own, and where a layer takes none (1x1, linear) their rows are kept with the
+    rest. A stream of the union coupling is as wide as its layers together, which is not rounded. Raises HapError when
+    scores are not finite or the budget cannot be met.
     """
     if not len(groups):
         raise HapError("plan: no group may be pruned; every row reaches the output or a module that cannot be sliced")
     if scores.shape != (len(groups),):
-        raise HapError(
-            f"scores: one number for each of {len(groups)} groups expected, found shape {tuple(scores.shape)}"
-        )
+        raise HapError(f"scores: one number for each of {len(groups)} groups expected, found shape {[*scores.shape]}")
     if not bool(scores.isfinite().all()):
         raise HapError(f"scores: finite numbers expected, found {int((~scores.isfinite()).sum())} that are not")
-    order = _order(groups, scores, budget.layer_limit)
+    order, ends = _order(groups, scores, budget)
     whole = getattr(cost(groups, torch.full((len(groups),), int(Fate.KEEP))), budget.unit)
 
+    def fates(pruned: int) -> Int[Tensor, "groups"]:
+        found = torch.full((len(groups),), int(Fate.KEEP))
+        dropped = ends[bisect_left(ends, (1 - budget.implant) * pruned - 1e-9)]
+        found[order[:dropped]], found[order[dropped:pruned]] = int(Fate.DROP), int(Fate.IMPLANT)
+        return found
+
     def removed(pruned: int) -> float:
-        left = getattr(cost(groups, _fates(groups, order, pruned, budget.implant)), budget.unit)
+        left = getattr(cost(groups, fates(pruned)), budget.unit)
         return 1 - float(left / whole) + 1e-12 if whole else 0.0  # 1 - 0.9 is less than 0.1
 
-    low, high = 0, len(order)
-    if (most := removed(high)) < budget.target:
-        raise HapError(
-            f"budget.{budget.unit}: {budget.target} cannot be removed, at most {most:.4f} within layer_limit"
-        )
-    while high - low > 1:  # `high` meets the budget and `low` does not
-        middle = (low + high) // 2
-        low, high = (low, middle) if removed(middle) >= budget.target else (middle, high)
-    asked = {k: v for k, v in asdict(budget).items() if v is not None}
-    return Plan.of(groups, _fates(groups, order, high, budget.implant), asked)
+    if (most := removed(ends[-1])) < budget.target:
+        limit = f"layer_limit and multiples of {budget.multiple}" if budget.multiple else "layer_limit"
+        raise HapError(f"budget.{budget.unit}: {budget.target} cannot be removed, at most {most:.4f} within {limit}")
+    pruned = ends[bisect_left(ends, budget.target, key=removed)]
+    return Plan.of(groups, fates(pruned), {k: v for k, v in asdict(budget).items() if v is not None})
 
 
 def cost(groups: Groups, fates: Int[Tensor, "groups"]) -> Cost:
@@ -175,26 +183,43 @@ def by_row(groups: Groups, fates: Tensor) -> Int[Tensor, "rows"]:
     return row
 
 
-def _order(groups: Groups, scores: Tensor, limit: float) -> list[int]:
-    """The groups that may be pruned, least sensitive first, each layer within its limit."""
-    room = [min(floor(limit * s.rows + 1e-9), s.rows - 1) if s.mixing else 0 for s in groups.shapes.values()]
-    module = torch.repeat_interleave(torch.arange(len(room)), torch.tensor([s.rows for s in groups.shapes.values()]))
-    members: list[list[int]] = [[] for _ in range(len(groups))]
-    for row in (groups.row_group >= 0).nonzero()[:, 0].tolist():
-        members[groups.row_group[row]].append(int(module[row]))
-    order = []
+def _order(groups: Groups, scores: Tensor, budget: Budget) -> tuple[list[int], list[int]]:
+    """The groups that may be pruned, least sensitive first, each layer within its limit; how many may go together.
+
+    With a multiple a group waits until enough others go with it: those of highest score are still there at the end.
+    """
+    need: list[Counter[str]] = [Counter() for _ in range(len(groups) + 1)]  # rows by layer; the last: of no group
+    left, room, waiting = Counter[str](), Counter[str](), defaultdict[str, list[int]](list)
+    for layer, s in groups.shapes.items():
+        left[layer], room[layer] = s.rows, min(floor(budget.layer_limit * s.rows + 1e-9), s.rows - 1)
+        for group in groups.row_group[s.rows_at].tolist():
+            need[group][layer] += 1
+
+    def lump(group: int) -> list[int]:
+        """The group and others that wait, so many that each layer keeps a multiple; none while there are too few."""
+        found = [group]
+        while torn := {
+            layer
+            for layer, rows in sum((need[each] for each in found), Counter[str]()).items()
+            if (left[layer] - rows) % (budget.multiple or 1)
+        }:
+            more = [each for layer in sorted(torn) for each in waiting[layer] if each not in found]
+            if not more:
+                return []
+            # first those that mend much and tear nothing that is whole, then those of lowest score
+            found.append(min(more, key=lambda each: (len(need[each].keys() - torn), -len(need[each].keys() & torn))))
+        return found
+
+    order, ends = list[int](), [0]
     for group in scores.argsort(stable=True).tolist():
-        need = {m: members[group].count(m) for m in members[group]}
-        if all(room[m] >= rows for m, rows in need.items()):
-            order.append(group)
-            for m, rows in need.items():
-                room[m] -= rows
-    return order
-
-
-def _fates(groups: Groups, order: list[int], pruned: int, implant: float) -> Int[Tensor, "groups"]:
-    fates = torch.full((len(groups),), int(Fate.KEEP))
-    dropped = ceil((1 - implant) * pruned - 1e-9)
-    fates[order[:dropped]] = int(Fate.DROP)
-    fates[order[dropped:pruned]] = int(Fate.IMPLANT)
-    return fates
+        if need[group] <= room:
+            room.subtract(need[group])
+            for layer in need[group]:
+                waiting[layer].append(group)
+            for each in (going := lump(group)):
+                left.subtract(need[each])
+                for layer in need[each]:
+                    waiting[layer].remove(each)
+            order += going
+            ends += [len(order)] * bool(going)
+    return order, ends

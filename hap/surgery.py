@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -29,6 +29,7 @@ class Inputs:
 
 
 Implant = Callable[[nn.Module, Tensor, Inputs], nn.Module]
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Cut(NamedTuple):
@@ -92,25 +93,29 @@ def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     return masked
 
 
-def resize(module: nn.Module, rows: Tensor, slots: Tensor) -> nn.Module:
-    """Keep only these rows and slots of a convolution, linear or channelwise layer, in place."""
+def resize(module: Layer, rows: Tensor, slots: Tensor) -> Layer:
+    """Keep only these rows and slots of a convolution, linear or channelwise layer, in place and in its format."""
     for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if value.dim() == 0:
             continue  # num_batches_tracked
         cut = value.detach().index_select(0, rows.to(value.device))
         if value.dim() > 1 and getattr(module, "groups", 1) == 1:
             cut = cut.index_select(1, slots.to(value.device))
+        if value.dim() == 4 and not value.is_contiguous():
+            cut = cut.contiguous(memory_format=torch.channels_last)
         trained = isinstance(value, nn.Parameter)
         setattr(module, name, nn.Parameter(cut, requires_grad=value.requires_grad) if trained else cut)
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = len(rows), len(slots)
-    elif isinstance(module, _ConvNd):
-        if module.groups > 1:  # whole groups go
-            module.groups = len(slots) * module.groups // module.in_channels
-        module.out_channels, module.in_channels = len(rows), len(slots)
-    else:
-        assert isinstance(module, _BatchNorm | _InstanceNorm)
-        module.num_features = len(rows)
+    if isinstance(module, _ConvNd):  # of a grouped one whole groups go
+        module.groups = max(1, len(slots) * module.groups // module.in_channels)
+    wide = {
+        "out_features": rows,
+        "out_channels": rows,
+        "num_features": rows,
+        "in_features": slots,
+        "in_channels": slots,
+    }
+    for name in wide.keys() & vars(module).keys():
+        setattr(module, name, len(wide[name]))
     return module
 
 
@@ -143,15 +148,11 @@ def _cuts(groups: Groups, plan: Plan) -> dict[str, Cut]:
 
 def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module], device: torch.device) -> nn.Module:
     """One part alone where nothing is selected or scattered, else a Patch."""
-    rows = torch.cat([cut.kept, cut.implanted])
-    place = torch.full((len(cut.written),), len(rows)).index_copy_(0, rows, torch.arange(len(rows)))[cut.written]
-    given = cut.given.cumsum(0) - 1
-    take = given[cut.slots]
-    whole = len(take) == int(cut.given.sum())
-    if len(parts) == 1 and whole and torch.equal(place, torch.arange(len(rows))):
+    places = (cut.written.cumsum(0) - 1)[torch.cat([cut.kept, cut.implanted])]
+    take, given, width = (cut.given.cumsum(0) - 1)[cut.slots], int(cut.given.sum()), int(cut.written.sum())
+    if len(parts) == 1 and len(take) == given and torch.equal(places, torch.arange(width)):
         return parts[0]
-    idle = bool((place == len(rows)).any())
-    return Patch(parts, place.to(device), take.to(device), axis(module), int(cut.given.sum()), idle)
+    return Patch(parts, places.to(device), take.to(device), axis(module), given, width)
 
 
 def _absorb(small: nn.Module, groups: Groups, cuts: dict[str, Cut], name: str, implant: nn.Module) -> nn.Module:
@@ -180,17 +181,14 @@ def _inputs(model: nn.Module, groups: Groups, name: str, cut: Cut, batches: Iter
 
     def seen() -> Iterator[Tensor]:
         held: list[Tensor] = []
-        handle = module.register_forward_pre_hook(
+        with module.register_forward_pre_hook(
             lambda _, args, kwargs: held.append(first_tensor(args, kwargs).detach()), with_kwargs=True
-        )
-        try:
+        ):
             for batch in batches:
                 with torch.no_grad(), evaluating(model):
                     call(model, batch)
                 yield from held
                 held.clear()
-        finally:
-            handle.remove()
 
     return Inputs(seen, cut.slots, tracked or getattr(module, "bias", None) is not None)
 

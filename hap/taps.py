@@ -92,9 +92,7 @@ class Taps:
                 del module.forward
                 vars(module).update({"forward": own[module]} if module in own else {})
         if not any(batched(leaf) and leaf.is_floating_point() for leaf in tree_leaves(output)):
-            raise HapError(
-                f"trace: no floating-point tensor found in the output, a {type(output).__name__}; pass call="
-            )
+            raise HapError(f"trace: no floating-point tensor in the output, a {type(output).__name__}; pass call=")
         self._sink("the output", output, None)
         return Seen(*(torch.cat(parts, 1) for parts in zip(self.seen, *self.sinks, strict=True)))
 

@@ -71,11 +71,8 @@ def check_score(score: Score, model: nn.Module, loss: Loss, batches: Iterable[An
     if not torch.equal(first, second):
         raise HapError("check_score: two runs with the same seed differ; draw random numbers from rng only")
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
-    if (
-        changed
-        or modes != [m.training for m in model.modules()]
-        or needs != [p.requires_grad for p in model.parameters()]
-    ):
+    kept = modes == [m.training for m in model.modules()] and needs == [p.requires_grad for p in model.parameters()]
+    if changed or not kept:
         raise HapError(f"check_score: the model was left changed ({changed[0] if changed else 'its modes'})")
     if any(p.grad is not None for p in model.parameters()):
         raise HapError("check_score: gradients were left on the parameters; use torch.autograd.grad")

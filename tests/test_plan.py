@@ -9,7 +9,10 @@ from cases import SMALL, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hap import Budget, Fate, HapError, Plan, couple, trace
+from hap import Budget, Fate, HapError, Plan, apply, couple, trace
+from hap.cost import macs, params
+from hap.harness.tasks import nets
+from hap.implants import zero
 from hap.plan import LETTER, cost, plan
 
 
@@ -120,6 +123,7 @@ def test_a_plan_survives_json_and_reads_line_by_line():
         ({"groups": 1.5}, "budget.groups: .* found 1.5"),
         ({"macs": 0.5, "implant": 1.0}, "budget.implant: .* found 1.0"),
         ({"macs": 0.5, "layer_limit": 0.0}, "budget.layer_limit: .* found 0.0"),
+        ({"macs": 0.5, "multiple": 0}, "budget.multiple: a number of at least 1 expected, found 0"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(wrong, says):
@@ -136,7 +140,7 @@ def test_an_impossible_budget_says_how_much_is_possible():
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
-        (torch.rand(3), r"one number for each of 64 groups expected, found shape \(3,\)"),
+        (torch.rand(3), r"one number for each of 64 groups expected, found shape \[3\]"),
         (torch.full((64,), torch.nan), "finite numbers expected, found 64 that are not"),
     ],
 )
@@ -159,3 +163,121 @@ def test_plans_that_do_not_fit_are_refused():
     for rows in (None, {"conv1": "#x"}):
         with pytest.raises(HapError, match="plan: rows as a string"):
             Plan.from_json({"rows": rows})
+
+
+WIDE = {
+    **{key: GROUPS[key] for key in (("preresnet", "tied"), ("preresnet", "union"))},
+    **{
+        (name, how): grouped(name, how)
+        for name in ("option-a", "depthwise", "dense", "mlp")
+        for how in ("tied", "union")
+    },
+    ("residual", "tied"): grouped("residual", "tied"),
+    ("attention", "union"): grouped("attention", "union"),
+}
+BUILT = {name: build(SMALL, name) for name in {key[0] for key in WIDE}}
+
+
+def per_layer(chosen, letters):
+    return {name: sum(line.count(letter) for letter in letters) for name, line in chosen.rows.items()}
+
+
+@settings(deadline=None)
+@given(
+    key=st.sampled_from(sorted(WIDE)),
+    unit=st.sampled_from(["params", "macs", "groups"]),
+    target=st.floats(0.02, 0.6),
+    implant=st.sampled_from([0.0, 0.3]),
+    multiple=st.sampled_from([1, 2, 3, 4, 8]),
+    seed=st.integers(0, 99),
+)
+def test_every_layer_keeps_a_multiple_or_all_and_the_budget_is_met(key, unit, target, implant, multiple, seed):
+    """The cost is that of the model which surgery makes; it cannot see whether another plan would prune less."""
+    groups, (model, example) = WIDE[key], BUILT[key[0]]
+    scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(seed))
+    budget = Budget(**{unit: target}, implant=implant, multiple=multiple)
+    try:
+        chosen = plan(groups, scores, budget)
+    except HapError as error:
+        assert f"within layer_limit and multiples of {multiple}" in str(error)  # noqa: PT017 (they are too few)
+        return
+    assert chosen.removed[unit] >= target
+    for letters in ("#", "#o"):  # what is kept, and all that is left: so the implants are a multiple too
+        for name, count in per_layer(chosen, letters).items():
+            assert count % multiple == 0 or count == len(chosen.rows[name])
+    small = apply(model, groups, chosen, zero)
+    assert 1 - params(small) / params(model) == pytest.approx(chosen.removed["params"], abs=1e-12)
+    one = example[:1]
+    assert cost(groups, chosen.fates(groups)).macs == macs(small, one)
+    assert 1 - macs(small, one) / macs(model, one) == pytest.approx(chosen.removed["macs"], abs=1e-12)
+
+
+def rounded(groups, scores, budget):
+    """By force: each number of groups pruned, and in each layer the best of them back until it is full."""
+    whole = getattr(cost(groups, torch.full((len(groups),), int(Fate.KEEP))), budget.unit)
+    layers = [groups.row_group[s.rows_at] for s in groups.shapes.values() if s.mixing]
+    layers = [of for of in layers if (of >= 0).all()]
+    for pruned in range(1, len(groups) + 1):
+        lowest = torch.zeros(len(groups), dtype=torch.bool).index_fill_(0, scores.argsort()[:pruned], True)
+        for of in layers:
+            order = of[scores[of].argsort(descending=True)]
+            kept = max(1, int((~lowest[of]).sum()))
+            lowest[order[: min(len(of), math.ceil(kept / budget.multiple) * budget.multiple)]] = False
+        fates = torch.where(lowest, int(Fate.DROP), int(Fate.KEEP))
+        if 1 - getattr(cost(groups, fates), budget.unit) / whole >= budget.target - 1e-12:
+            return fates
+    return None
+
+
+@pytest.mark.parametrize("multiple", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_of_the_pruned_come_back_and_no_more_go_than_the_budget_asks(seed, multiple):
+    """Where each row is a group of its own, the rounding is found by force; it cannot see groups of several layers."""
+    model, example = nets.preresnet(11, (8, 12, 16)), torch.randn(1, 3, 8, 8)
+    groups = couple(model, trace(model, example), "union")
+    scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(seed))
+    budget = Budget(params=0.4, multiple=multiple, layer_limit=1.0)
+    expected = rounded(groups, scores, budget)
+    assert expected is not None
+    chosen = plan(groups, scores, budget)
+    assert torch.equal(chosen.fates(groups), expected)
+    assert chosen.rows != plan(groups, scores, Budget(params=0.4, layer_limit=1.0)).rows
+
+
+@pytest.mark.parametrize(("name", "how"), WIDE)
+def test_groups_of_several_layers_are_rounded_too(name, how):
+    """Half can go in each coupling, which needs groups that go together although their layers differ."""
+    groups = WIDE[name, how]
+    scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(1))
+    chosen = plan(groups, scores, Budget(params=0.3, multiple=2))
+    assert any("-" in line for line in chosen.rows.values())
+    assert all(line.count("#") % 2 == 0 or line.count("#") == len(line) for line in chosen.rows.values())
+
+
+def test_a_width_that_is_no_multiple_is_kept_whole_or_cut_to_one():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 11), torch.nn.ReLU(), torch.nn.Linear(11, 2))
+    groups = couple(model, trace(model, torch.randn(1, 3)))
+    scores = torch.arange(11.0)
+    assert plan(groups, scores, Budget(groups=0.05, multiple=4)).rows["0"] == "---########"
+    assert plan(groups, scores, Budget(groups=0.3, multiple=4)).rows["0"] == "-------####"
+    with pytest.raises(HapError, match=r"0.7 cannot be removed, at most 0.6364 within layer_limit and multiples of 4"):
+        plan(groups, scores, Budget(groups=0.7, multiple=4))
+    with pytest.raises(HapError, match=r"at most 0.0000 within layer_limit and multiples of 16"):
+        plan(groups, scores, Budget(groups=0.1, multiple=16))
+
+
+def test_implants_are_a_multiple_beside_the_rows_that_are_kept():
+    groups = grouped("option-b", "union")
+    scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(0))
+    chosen = plan(groups, scores, Budget(groups=0.6, implant=0.5, multiple=2))
+    implants = per_layer(chosen, "o")
+    assert sum(implants.values()) > 0
+    assert all(count % 2 == 0 for count in implants.values())
+
+
+def test_a_budget_without_a_multiple_is_written_as_it_always_was():
+    groups = GROUPS["preresnet", "union"]
+    scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(0))
+    assert list(plan(groups, scores, Budget(params=0.3)).budget) == ["params", "implant", "layer_limit"]
+    assert plan(groups, scores, Budget(params=0.3, multiple=2)).to_json()["budget"]["multiple"] == 2
+    assert plan(groups, scores, Budget(params=0.3, multiple=1)).rows == plan(groups, scores, Budget(params=0.3)).rows

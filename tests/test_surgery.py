@@ -140,7 +140,7 @@ def test_a_batchnorm_that_only_dropped_rows_feed_is_narrowed_under_union():
     assert conv.out_channels == 2  # not scattered before the norm
     assert isinstance(norm, Patch)
     assert norm.parts[0].num_features == 2
-    assert norm.order.tolist() == [2, 0, 1, 2]  # the stem still writes all four channels of the stream
+    assert norm.places.tolist() == [1, 2]  # the stem still writes all four channels of the stream
     assert small.get_submodule("layer1.0.bn1").num_features == 4
 
 

@@ -317,7 +317,7 @@ def test_a_forward_of_the_instance_survives():
 
 
 def test_an_output_without_numbers_and_a_string_of_names_are_refused():
-    with pytest.raises(HapError, match="no floating-point tensor found in the output, a int"):
+    with pytest.raises(HapError, match="no floating-point tensor in the output, a int"):
         trace(nn.Linear(4, 2), torch.randn(1, 4), call=lambda model, x: len(model(x)))
     with pytest.raises(HapError, match="a list of module names expected, found the string '0'"):
         trace(nn.Sequential(nn.Linear(4, 2)), torch.randn(1, 4), opaque="0")

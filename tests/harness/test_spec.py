@@ -131,6 +131,7 @@ def test_the_key_ignores_names(tmp_path):
         ("params = 0.7", "params = 0.71"),
         ("params = 0.7", "macs = 0.7"),
         ("implant = 0.1}", "implant = 0.2}"),
+        ("implant = 0.1}", "implant = 0.1, multiple = 8}"),
         ("epochs = 2", "epochs = 3"),
         ("epochs = 2", "epochs = 2\nnesterov = true"),
         ("[finetune]\nepochs = 2\nlr = 0.1", "finetune = false"),
