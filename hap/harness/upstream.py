@@ -70,7 +70,7 @@ def published(
     rows = int((groups.row_group >= 0).sum())
     if not rows or len(groups) != rows:
         raise HapError(f"published: union coupling expected, a row a group, found {len(groups)} groups of {rows} rows")
-    # upstream: with implants a convolution with a bias ends in a NameError, so its VGG16 never had any
+    # upstream: with implants a convolution with a bias ends in a NameError, so its VGG16 cannot have any
     if implants and not biased_implants and (biased := _biased(task.model, groups)):
         raise HapError(
             f"published: convolutions without bias expected where there are implants, found one at {biased}; the "
@@ -136,7 +136,7 @@ def _guarded(scores: Tensor, fate: Tensor, lower: Tensor, budget: Budget, slips:
         # upstream: with implants the comparison is the wrong way round: the guard fires where almost all is left, and
         # cuts the layer to its top 5 %; what loses too much is not guarded. The share of implants is the network's
         fires, low = left > limit, lower
-        # upstream: it sorts the scores in place, and takes places among the sorted for channel numbers: the last
+        # upstream: it sorts the scores first, and takes places among the sorted for channel numbers: the last
         # channels are kept, whatever their scores
         again = own if slips.sorted_guard else scores
     return torch.where(fires[:, None], _cut(again, _at(own, lower.new_tensor([limit])), _at(own, low), slips), fate)

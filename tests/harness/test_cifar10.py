@@ -53,6 +53,7 @@ def untrained(monkeypatch):
 
     def none(model, task, recipe, **rest):
         begun.append((task, recipe))
+        model.train()
         return training.Curve([], [training.snapshot(model)])
 
     monkeypatch.setattr(training, "fit", none)
@@ -94,6 +95,13 @@ def test_the_published_recipe_is_the_default(folder, untrained):
     ((learner, recipe),) = untrained
     assert recipe == training.Recipe(200, 0.1, momentum=0.9, weight_decay=2e-4, batch_size=128, schedule="step")
     assert learner.train_size == made.train_size == 45_000
+    assert not made.model.training
+
+
+def test_weights_are_drawn_by_the_seed(folder, untrained):
+    for seed in (0, 1):
+        expected = resnet(8, (2, 4, 8), "B", rng=training.generator(seed, "init")).state_dict()
+        assert all(torch.equal(expected[name], value) for name, value in tiny(seed).model.state_dict().items())
 
 
 def test_all_images_are_trained_on_where_none_is_held_out(folder, untrained, monkeypatch):
@@ -152,6 +160,7 @@ def test_a_limit_is_on_fine_tuning_and_not_on_the_training(folder, untrained):
     ((learner, _),) = untrained
     counts = [sum(len(labels) for _, labels in task.train(4, training.generator(0))) for task in (made, learner)]
     assert counts == [made.train_size, learner.train_size] == [5, 12]
+    assert tiny(train_images=99).train_size == 12
 
 
 def test_images_are_shifted_and_mirrored_in_training(folder, untrained):
@@ -234,6 +243,7 @@ def test_a_pretrained_network_has_the_weights_of_its_checkpoint(task, depth, fol
     expected = resnet(depth, rng=torch.Generator().manual_seed(depth))
     assert made.name == f"cifar10_resnet{depth}"
     assert all(torch.equal(expected.state_dict()[name], v) for name, v in made.model.state_dict().items())
+    assert not made.model.training
     assert f"checkpoint resnet{depth}-" in made.data.note
     assert [len(labels) for _, labels in made.batches] == [5]
     assert made.train_size == FAST["train"]
