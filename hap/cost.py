@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hap.layers import Call, evaluating, forward
 
+ENOUGH = 3.0  # seconds
 COUNTED = ("convolution", "addmm", "mm")
 
 
@@ -34,14 +35,18 @@ def macs(model: nn.Module, example: Any, *, call: Call = forward) -> int:
 def latency(
     model: nn.Module, example: Any, batches: Sequence[int] = (1, 64), *, repeats: int = 10, call: Call = forward
 ) -> dict[int, float]:
-    """Median seconds of a forward pass at each batch size, after warm-up, with the device synchronised."""
+    """Median seconds of a forward pass at each batch size, after warm-up, with the device synchronised.
+
+    Three passes warm up and `repeats` count; where they take over ENOUGH seconds, one and three.
+    """
     found = {}
     with evaluating(model):
         for batch in batches:
             inputs = tree_map(lambda t, b=batch: _repeated(t, b), example)
-            for _ in range(3):
-                call(model, inputs)
-            found[batch] = median(_seconds(model, inputs, call) for _ in range(repeats))
+            took = [_seconds(model, inputs, call)]
+            long = took[0] * (2 + repeats) > ENOUGH
+            took += [_seconds(model, inputs, call) for _ in range(3 if long else 2 + repeats)]
+            found[batch] = median(took[1 if long else 3 :])
     return found
 
 

@@ -1,5 +1,7 @@
 """Costs against counts by hand and torch.utils.flop_counter; of seconds, only that they are there."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from cases import REAL, SMALL, bert, build, tokens
@@ -76,10 +78,19 @@ def test_latency_is_measured_in_eval_mode_at_each_batch_and_leaves_the_model():
     assert not model.bn0.training
 
 
-def test_latency_is_the_median(monkeypatch):
-    times = iter([0.0, 5.0, 10.0, 11.0, 20.0, 23.0])
+@pytest.mark.parametrize(
+    ("passes", "expected"),
+    [
+        ([0.5, 0.1, 0.1, 0.05, 0.01, 0.03], 0.03),  # three warm up
+        ([0.7, 0.1, 0.5, 0.3], 0.3),  # five more would take too long: one warms up, three count
+    ],
+)
+def test_latency_is_the_median_after_warm_up(monkeypatch, passes, expected):
+    starts = [0.0, *accumulate(2 * p for p in passes)]
+    times = iter([moment for start, took in zip(starts, passes, strict=False) for moment in (start, start + took)])
     monkeypatch.setattr(cost.time, "perf_counter", lambda: next(times))
-    assert latency(nn.Linear(3, 3), torch.randn(1, 3), (2,), repeats=3) == {2: 3.0}
+    assert latency(nn.Linear(3, 3), torch.randn(1, 3), (2,), repeats=3) == {2: pytest.approx(expected)}
+    assert next(times, None) is None
 
 
 def test_latency_repeats_each_tensor_of_the_input():

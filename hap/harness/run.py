@@ -17,7 +17,7 @@ from hap.groups import Groups, couple
 from hap.harness.batchnorm import recalibrate
 from hap.harness.binding import Ref
 from hap.harness.provenance import code, environment
-from hap.harness.scoring import Scoring, dense
+from hap.harness.scoring import Scoring, remembered
 from hap.harness.spec import Case
 from hap.harness.tasks import Task
 from hap.harness.training import Curve, Event, Say, State, fit, generator, silent, snapshot, threads
@@ -63,9 +63,10 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
             if case.finetune:
                 curve = fit(pruned, task, case.finetune, rng=rng, say=clock.during, keep=keep)
         with clock("evaluate"):
-            whole = dense(case, seed, lambda: task.evaluate(task.model, "test"))
+            whole = remembered(case, seed, "accuracy", lambda: task.evaluate(task.model, "test"))
             metrics, epochs = examine(task, whole, pruned, before, curve)
-            cost = {"dense": _cost(task.model, task), "pruned": _cost(pruned, task)}
+            dense = remembered(case, seed, "cost", lambda: _cost(task.model, task))
+            cost = {"dense": dense, "pruned": _cost(pruned, task)}
             metrics |= {"ranking": score.ranking} if score.ranking else {}
             if score.seconds:
                 clock.seconds["score"] = score.seconds[0]  # also where it was remembered

@@ -35,10 +35,10 @@ class Scored(NamedTuple):
 _KNOWN: dict[str, Any] = {}
 
 
-def dense(case: Case, seed: int, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What the dense model of a task reaches; it is the same for all cases that prune it."""
-    key = json.dumps(["dense", case.task.model_dump(), seed], sort_keys=True)
-    known: dict[str, float] = _KNOWN.get(key) or _KNOWN.setdefault(key, evaluate())
+def remembered(case: Case, seed: int, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is true of the dense model of a task, and so the same for all cases that prune it."""
+    key = json.dumps([what, case.task.model_dump(), seed], sort_keys=True)
+    known: dict[str, Any] = _KNOWN.get(key) or _KNOWN.setdefault(key, make())
     return known
 
 
