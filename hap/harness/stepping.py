@@ -30,6 +30,7 @@ class Stepper:
     micro_batch: int
     notes: list[str] = field(default_factory=list)
     _forward: nn.Module | None = None
+    _samples: int = 0  # what it was compiled for
 
     def __call__(self, inputs: Any, targets: Tensor) -> Tensor:
         """The mean loss of the batch, its gradient added to the model's; nothing waits for the device.
@@ -51,7 +52,7 @@ class Stepper:
         """Half the micro-batch from here on, told; False where the least is too much already."""
         if self.micro_batch <= LEAST:
             return False
-        self.micro_batch = (self.micro_batch + 1) // 2
+        self.micro_batch, self._forward = (self.micro_batch + 1) // 2, None
         self.note(
             f"memory ran out: micro-batches of {self.micro_batch} from here on, their gradients added up; "
             "BatchNorm sees micro-batches"
@@ -65,7 +66,7 @@ class Stepper:
     def _loss(self, inputs: Any, targets: Tensor, mass: Tensor, share: float) -> Tensor:
         """The part of the batch's mean loss that these samples, a `share` of it, are."""
         loss, distil = self.task.loss, self.recipe.distil
-        outputs = self._outputs(self._network(inputs), inputs)
+        outputs = self._outputs(self._network(inputs, len(targets)), inputs)
         found = loss.total(outputs, targets) / mass
         if distil is None:
             return found
@@ -82,11 +83,11 @@ class Stepper:
         with torch.autocast(where, torch.bfloat16):
             return self.task.loss.call(model, inputs).float()  # type: ignore[no-any-return]
 
-    def _network(self, inputs: Any) -> nn.Module:
-        """The model, compiled where that is asked for and works."""
+    def _network(self, inputs: Any, samples: int) -> nn.Module:
+        """The model, compiled where that is asked for and works; a ragged batch is not worth compiling for."""
         if self._forward is None:
-            self._forward = self._compiled(inputs) if self.recipe.compile else self.model
-        return self._forward
+            self._forward, self._samples = self._compiled(inputs) if self.recipe.compile else self.model, samples
+        return self._forward if samples == self._samples else self.model
 
     def _compiled(self, inputs: Any) -> nn.Module:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]

@@ -1,12 +1,15 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hap import HapError
-from hap.harness.tasks import Data, Task
+from hap.harness.tasks import Data, Task, data
+from hap.harness.tasks.data import Images, Normalise
 from hap.harness.training import Curve, Event, Recipe, fit, generator, learning_rate, snapshot, threads
 from hap.losses import CrossEntropy
 
@@ -106,6 +109,27 @@ def test_the_loop_is_plain_sgd():
             optimiser.step()
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_within_an_epoch_waits_for_the_device():
+    """Ops that read a value back, or copy numbers to the device, are as many for 3 steps as for 9."""
+    waiting = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "lift_fresh")
+    counts = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counts[-1] += function.overloadpacket.__name__ in waiting
+            return function(*args, **(kwargs or {}))
+
+    images = Images(torch.randint(256, (48, 3, 8, 8), dtype=torch.uint8), torch.randint(2, (48,)))
+    draw = partial(data.epoch, images, normalise=Normalise((0.5,) * 3, (0.2,) * 3), pad=2, flip=True)
+    for batch_size in (16, 16, 5):  # the first time, constants are made
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        task = small(model=net(), train=draw, train_size=48, evaluate=lambda *_: {"accuracy": 0.0, "loss": 0.0})
+        counts.append(0)
+        with Watch():
+            fit(model, task, replace(RECIPE, epochs=1, batch_size=batch_size, autocast="bf16"), rng=generator(0))
+    assert counts[1] == counts[2]
 
 
 def test_one_seed_gives_one_result_bit_for_bit_and_another_seed_another():

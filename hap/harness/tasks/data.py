@@ -111,8 +111,14 @@ class Normalise(NamedTuple):
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Floats of the same shape, the channels last in memory: the layout that convolutions are fastest in."""
-        mean, std = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = _constants(self.mean, pixels.device), _constants(self.std, pixels.device)
         return ((pixels.float() / self.white - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache  # to copy them for each batch would make a GPU wait
+def _constants(values: tuple[float, ...], where: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=where).view(-1, 1, 1)
 
 
 def epoch(
