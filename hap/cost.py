@@ -43,10 +43,9 @@ def latency(
     with evaluating(model):
         for batch in batches:
             inputs = tree_map(lambda t, b=batch: _repeated(t, b), example)
-            took = [_seconds(model, inputs, call)]
-            long = took[0] * (2 + repeats) > ENOUGH
-            took += [_seconds(model, inputs, call) for _ in range(3 if long else 2 + repeats)]
-            found[batch] = median(took[1 if long else 3 :])
+            long = _seconds(model, inputs, call) * (2 + repeats) > ENOUGH
+            took = [_seconds(model, inputs, call) for _ in range(3 if long else 2 + repeats)]
+            found[batch] = median(took if long else took[2:])
     return found
 
 

@@ -92,8 +92,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], file: Path) -> nn.M
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        found = " ".join(str(error).split())
-        raise _damaged(file, "the weights of this network", f"{found:.160}") from None
+        raise _damaged(file, "the weights of this network", f"{' '.join(str(error).split()):.160}") from None
     return model
 
 
@@ -116,9 +115,9 @@ class Normalise(NamedTuple):
 
 
 @lru_cache  # to copy them for each batch would make a GPU wait
+@torch.inference_mode(False)
 def _constants(values: tuple[float, ...], where: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, device=where).view(-1, 1, 1)
+    return torch.tensor(values, device=where).view(-1, 1, 1)
 
 
 def epoch(
