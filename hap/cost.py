@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hap.layers import Call, evaluating, forward
 
-ENOUGH = 3.0  # seconds
 COUNTED = ("convolution", "addmm", "mm")
 
 
@@ -37,13 +36,13 @@ def latency(
 ) -> dict[int, float]:
     """Median seconds of a forward pass at each batch size, after warm-up, with the device synchronised.
 
-    Three passes warm up and `repeats` count; where they take over ENOUGH seconds, one and three.
+    Three passes warm up and `repeats` count; where they would take over 3 seconds, one and three.
     """
     found = {}
     with evaluating(model):
         for batch in batches:
             inputs = tree_map(lambda t, b=batch: _repeated(t, b), example)
-            long = _seconds(model, inputs, call) * (2 + repeats) > ENOUGH
+            long = _seconds(model, inputs, call) * (2 + repeats) > 3.0
             took = [_seconds(model, inputs, call) for _ in range(3 if long else 2 + repeats)]
             found[batch] = median(took if long else took[2:])
     return found

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from hap import HapError
 from hap.harness.tasks import Data, MissingData
 
-# the six files of the official copy, as torchvision.datasets.CIFAR10 lists them
-CIFAR10_MD5 = {
+CIFAR10_MD5 = {  # the six files of the official copy, as torchvision.datasets.CIFAR10 lists them
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
     "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
