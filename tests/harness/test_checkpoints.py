@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import fake_run, write_spec
 from test_training import RECIPE, epoch, net, small
 
 from hap import HapError
-from hap.harness import checkpoints, files
+from hap.harness import checkpoints, files, store
+from hap.harness.spec import load_spec
 from hap.harness.training import fit, generator
 
 LONG = replace(RECIPE, epochs=6)
@@ -231,3 +233,25 @@ def test_sigkill_in_the_middle_of_an_epoch_loses_that_epoch_alone(tmp_path):
     found = go(tmp_path / "kept")
     assert "goes on after epoch 3 of 6" in found[2]
     equal(found, go(None))
+
+
+def test_what_a_fine_tuning_keeps_goes_when_its_record_is_there_and_not_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("HAP_CACHE", str(tmp_path / "cache"))
+    case, seen = load_spec(write_spec(tmp_path)).cases["hap"], []
+
+    def run(case, seed, *, say, keep):
+        seen.append((keep, keep.exists()))
+        keep.mkdir(parents=True, exist_ok=True)
+        if len(seen) == 1:
+            raise Killed
+        return fake_run(case, seed)
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    with pytest.raises(Killed):
+        store.ensure(case, 0, tmp_path)
+    store.ensure(case, 0, tmp_path)
+    store.ensure(case, 1, tmp_path)
+    assert [there for _, there in seen] == [False, True, False]
+    assert seen[0] == (seen[1][0], False)
+    assert seen[2][0] != seen[0][0]
+    assert all(keep.is_relative_to(tmp_path / "cache") and not keep.exists() for keep, _ in seen)

@@ -11,7 +11,7 @@ import torch
 import hap
 from hap import HapError
 from hap.groups import couple
-from hap.harness import provenance, scoring, store
+from hap.harness import checkpoints, provenance, scoring, store
 from hap.harness.binding import Ref
 from hap.harness.run import Clock, Run, one_shot, run
 from hap.harness.spec import Case
@@ -115,6 +115,48 @@ def test_the_cost_is_that_of_the_plan_and_meets_the_budget(record):
 def test_the_test_set_is_looked_at_once_by_each_model_and_after_all_training(record):
     splits = [split for split, _ in record[2]]
     assert splits == ["validation"] * 3 + ["test"] * 5  # dense, one shot, three epochs
+
+
+class Killed(BaseException):
+    """What no handler of ours catches."""
+
+
+def test_a_run_that_was_killed_in_its_fine_tuning_goes_on_to_the_same_record(record, tmp_path, monkeypatch):
+    save = checkpoints.Keeper.save
+
+    def killed(keeper, point):
+        save(keeper, point)
+        if len(point.rows) == 2:
+            raise Killed
+
+    monkeypatch.setattr(checkpoints.Keeper, "save", killed)
+    with pytest.raises(Killed):
+        run(CASE, 1, keep=tmp_path)
+    monkeypatch.setattr(checkpoints.Keeper, "save", save)
+    events = []
+    made = run(CASE, 1, say=events.append, keep=tmp_path)
+    assert sum(event == "goes on after epoch 2 of 3" for event in events) == 1
+    assert (made.metrics, made.plan, made.key) == (record[0].metrics, record[0].plan, record[0].key)
+    assert [row["test"] for row in made.epochs] == [row["test"] for row in record[0].epochs]
+    assert made.warnings == record[0].warnings
+
+
+def test_what_training_notes_is_in_the_record(monkeypatch):
+    def broken(model, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    made = run(changed(finetune=replace(CASE.finetune, epochs=1, compile=True)), 1)
+    assert made.warnings == ["torch.compile failed, training uncompiled: RuntimeError: no compiler"]
+
+
+def test_recalibration_is_before_fine_tuning_and_decides_the_key():
+    """That the statistics are right, tests/harness/test_batchnorm.py finds out."""
+    plain, other = (run(changed(finetune=None, recalibrate=each), 1) for each in (False, True))
+    assert plain.plan == other.plan
+    assert plain.metrics["one_shot"] != other.metrics["one_shot"]
+    assert plain.metrics["dense"] == other.metrics["dense"]
+    assert plain.key != other.key
 
 
 def test_stages_and_epochs_are_the_weights_they_say(record):
