@@ -28,7 +28,7 @@ CORE = (
 ).split()
 HARNESS = (
     "files binding provenance events recipe tasks batchnorm stepping checkpoints training upstream "
-    "tasks.cache tasks.nets tasks.data tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
+    "tasks.cache tasks.nets tasks.pickles tasks.data tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
     "tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
     "cases spec scoring run store judge plugin report rehearsal doctor progress cli"

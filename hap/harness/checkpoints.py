@@ -2,7 +2,8 @@
 
 An epoch is two files of tensors (the model; what the optimiser and the random numbers need) and then one of JSON that
 names their sha256, so that a process killed at any moment leaves the last epoch that is complete. The last two epochs
-are kept whole, so that damage to one loses an epoch and not the run; of earlier ones the model alone, where asked for.
+are kept whole, so that damage to the last loses an epoch and not the run; of earlier ones the model alone, where asked
+for, and damage to one of those begins the training anew.
 """
 
 import json
@@ -21,6 +22,10 @@ from hap.harness.files import atomic_write
 State = dict[str, Tensor]
 SCHEMA = 1
 KEPT = 2  # epochs that can be gone on from
+
+
+class Foreign(ValueError):  # noqa: N818  (it is a file, not an error)
+    """What another training kept."""
 
 
 class Point(NamedTuple):
@@ -67,6 +72,8 @@ class Keeper:
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 found = " ".join(str(error).split())[:120]
                 self.told.append(f"{self._file(number, 'json')}: passed over, {type(error).__name__}: {found}")
+                if isinstance(error, Foreign):  # then all of them are
+                    break
         return None
 
     def model(self, number: int) -> State:
@@ -80,7 +87,7 @@ class Keeper:
     def _read(self, number: int) -> Point:
         table = json.loads(self._file(number, "json").read_bytes())
         if table["schema"] != SCHEMA or table["identity"] != self.identity:
-            raise ValueError("of another training: its code, data, recipe, seed or machine differs")
+            raise Foreign("of another training: its code, data, recipe, seed or machine differs")
         if len(table["rows"]) != number:
             raise ValueError(f"{number} epochs expected, found {len(table['rows'])}")
         for earlier in range(1, number) if self.every else ():

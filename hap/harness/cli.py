@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path("reproductions")
 COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "ABSENT": "yellow"}
-KEPT = "interrupted; finished records are kept, and the same command goes on from there"
+KEPT = "finished records are kept, and the same command goes on from there"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Reproduces HAP.")
 out = Console(highlight=False)
@@ -44,8 +44,15 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
         except HapError as error:
             typer.echo(f"hap: {error}", err=True)
             raise typer.Exit(2) from None
+        except (RuntimeError, MemoryError) as error:
+            from hap.harness.stepping import memory_ran_out
+
+            if isinstance(error, RuntimeError) and not memory_ran_out(error):
+                raise
+            typer.echo(f"hap: memory ran out ({' '.join(str(error).split()):.120}); {KEPT}", err=True)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo(f"\nhap: {KEPT}", err=True)
+            typer.echo(f"\nhap: interrupted; {KEPT}", err=True)
             raise typer.Exit(130) from None
 
     return told
@@ -153,12 +160,15 @@ def _cases(spec: "Spec", name: str | None) -> list["Case"]:
 def _make(spec: "Spec", cases: list["Case"], results: Path, again: bool, skip: bool) -> None:
     from hap.harness import store
     from hap.harness.progress import progress
+    from hap.harness.spec import require
     from hap.harness.tasks import MissingData
 
     pairs = [(case, seed) for case in cases for seed in spec.seeds]
     with progress(spec.name, len(pairs), out) as step:
         for case, seed in pairs:
             try:
+                if again or not store.path(results, case, seed).exists():
+                    require(spec)
                 with step(f"{case.name} seed {seed}") as say:
                     store.ensure(case, seed, results, again=again, say=say)
             except MissingData as error:
@@ -172,8 +182,9 @@ def _rehearse(chosen: "dict[Path, Spec]", case: str | None) -> None:
     from hap.harness.rehearsal import rehearsal
 
     for path, spec in chosen.items():
-        with rehearsal(spec, path.absolute().parent.parent) as (small, folder):
-            _make(small, _cases(small, case), folder, again=False, skip=len(chosen) > 1)
+        asked = {each.name: each for each in _cases(spec, case)}
+        with rehearsal(spec.model_copy(update={"cases": asked}), path.absolute().parent.parent) as (small, folder):
+            _make(small, _cases(small, None), folder, again=False, skip=len(chosen) > 1)
         _say(f"{spec.name}: went through every stage; nothing of it is kept")
 
 

@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hap import HapError
@@ -22,7 +22,8 @@ def atomic_write(file: Path, content: bytes) -> None:
     except OSError as error:
         raise HapError(f"{file}: cannot be written ({error.strerror}); what was there before is untouched") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def cache() -> Path:

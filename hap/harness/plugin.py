@@ -63,7 +63,7 @@ class SpecFile(pytest.File):
         again = self.config.getoption("--again")
         for case in spec.cases.values():
             for seed in spec.seeds:
-                yield self._item(f"run[{case.name}-seed{seed}]", "run", partial(_run, case, seed, results, again))
+                yield self._item(f"run[{case.name}-seed{seed}]", "run", partial(_run, spec, case, seed, results, again))
         for number, claim in enumerate(spec.claims, start=1):
             yield self._item(f"claim[{number}-{_slug(claim.text)}]", "claim", partial(_claim, spec, claim, results))
 
@@ -99,11 +99,14 @@ def _check(error: str | None) -> None:
         raise Stop(error)
 
 
-def _run(case: Any, seed: int, results: Path, again: bool) -> None:
+def _run(spec: Any, case: Any, seed: int, results: Path, again: bool) -> None:
     from hap.harness import store
+    from hap.harness.spec import require
     from hap.harness.tasks import MissingData
 
     try:
+        if again or not store.path(results, case, seed).exists():
+            require(spec)
         store.ensure(case, seed, results, again=again)
     except MissingData as error:
         pytest.skip(str(error))

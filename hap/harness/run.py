@@ -1,5 +1,6 @@
 """Case + seed -> Run: the procedure of the paper, on one screen; does not know where records lie."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from hap.harness.provenance import code, environment
 from hap.harness.scoring import Scoring, remembered
 from hap.harness.spec import Case
 from hap.harness.tasks import Task
-from hap.harness.training import Curve, Event, Say, State, fit, generator, silent, snapshot, threads
+from hap.harness.training import Curve, Event, Say, State, exactly, fit, generator, silent, snapshot, threads
 from hap.plan import Plan, plan
 from hap.surgery import apply
 from hap.testing import check_groups
@@ -45,9 +46,9 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
     `keep`: a folder for the epochs of the fine-tuning, so that one that was killed goes on.
     """
     clock = Clock(say)
-    with clock("task"):
-        task: Task = case.task.load()(seed, **case.task.options)
-    with threads(task.threads):
+    with exactly(), clock("task"):
+        task = _task(case.task, seed, lambda event: say(Event(event, STARTS["trace"] * (event.fraction or 0))))
+    with exactly(), threads(task.threads):
         with clock("trace"):
             groups = couple(task.model, trace(task.model, task.example, call=task.loss.call), case.coupling)
             check_groups(task.model, task.example, groups, call=task.loss.call, trials=2)
@@ -86,7 +87,7 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
         code=code(),
         data=asdict(task.data),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        warnings=[*score.warnings, *curve.notes],
+        warnings=[*task.notes, *score.warnings, *curve.notes],
     )
 
 
@@ -162,6 +163,14 @@ class Clock:
         """A line from within the fine-tuning, at its place in the whole."""
         span = STARTS["evaluate"] - STARTS["finetune"]
         self.say(Event(event, STARTS["finetune"] + span * (event.fraction or 0)))
+
+
+def _task(ref: Ref, seed: int, say: Say) -> Task:
+    """The workload; one that trains its model is offered to tell of it."""
+    function = ref.load()
+    offered = {"say": say} if "say" in inspect.signature(function).parameters else {}
+    made: Task = function(seed, **offered, **ref.options)
+    return made
 
 
 def _bound(ref: Ref | None) -> Any:

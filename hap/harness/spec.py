@@ -5,16 +5,19 @@ Every mistake is found when the file is read, in one line: file, path of the mis
 
 import json
 import math
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, StringConstraints, ValidationError
 
 from hap import HapError
 from hap.harness.binding import Spelled, Strict, join, mistake, wrong
 from hap.harness.cases import Case as Case
 from hap.harness.cases import CaseTable, Table, expand
+from hap.harness.tasks import MissingData
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
@@ -82,6 +85,15 @@ class _File(Strict):
     claims: tuple[Claim, ...] = ()
     reported: tuple[Reported, ...] = ()
     needs: Text | None = None
+
+
+def require(spec: Spec) -> None:
+    """MissingData where a spec needs a GPU and there is none; HAP_DEVICE overrules, for those who have the days."""
+    if spec.tier == "gpu" and not os.environ.get("HAP_DEVICE") and not torch.cuda.is_available():
+        raise MissingData(
+            f"{spec.name}: a GPU expected ({spec.needs or 'its tier is gpu'}), found none; --smoke rehearses it on a "
+            "CPU, and HAP_DEVICE=cpu runs it there all the same"
+        )
 
 
 def find_specs(root: Path) -> list[Path]:

@@ -17,7 +17,8 @@ TEMPERATURE = 4.0  # of the distillation, where a recipe does not say [Hinton15]
 
 def memory_ran_out(error: RuntimeError) -> bool:
     """Whether a device, or the machine, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    signs = ("out of memory", "not enough memory", "ALLOC_FAILED")  # of CUDA, of the CPU, of cuBLAS and cuDNN
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 @dataclass
@@ -60,8 +61,9 @@ class Stepper:
         return True
 
     def note(self, line: str) -> None:
-        """Keeps a line for the record."""
-        self.notes.append(line)
+        """Keeps a line for the record, once: a training that goes on meets the same again."""
+        if line not in self.notes:
+            self.notes.append(line)
 
     def _loss(self, inputs: Any, targets: Tensor, mass: Tensor, share: float) -> Tensor:
         """The part of the batch's mean loss that these samples, a `share` of it, are."""
@@ -91,8 +93,10 @@ class Stepper:
 
     def _compiled(self, inputs: Any) -> nn.Module:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        # pruned networks share a class, and of one function torch compiles 8 versions in a process and then no more
+        torch.compiler.reset()
         try:
-            compiled = cast(nn.Module, torch.compile(self.model, dynamic=False))
+            compiled = cast(nn.Module, torch.compile(self.model, dynamic=False, options=_options()))
             self._outputs(compiled, inputs).sum().backward()  # type: ignore[no-untyped-call]
         except Exception as error:  # whatever a compiler raises; running out of memory is another matter
             if isinstance(error, RuntimeError) and memory_ran_out(error):
@@ -114,6 +118,13 @@ def distillation(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:
 
 def _rows(leaf: Any, part: slice, whole: int) -> Any:
     return leaf[part] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == whole else leaf
+
+
+def _options() -> dict[str, Any]:
+    """Kernels are not chosen by timing them, or a training that goes on later could round otherwise."""
+    from torch._inductor import config  # 0.3 s, for those who compile
+
+    return {"deterministic": True} if hasattr(config, "deterministic") else {}
 
 
 def _line(error: Exception) -> str:

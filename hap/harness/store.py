@@ -54,11 +54,10 @@ def ensure(case: Case, seed: int, results: Path, *, again: bool = False, say: Sa
     file = path(results, case, seed)
     if file.exists() and not again:
         return load(file)
-    with locked(file):
-        if file.exists() and not again:  # another process made it while this one waited
-            return load(file)
-        training = cache() / "training" / case.spec / f"{case.name}-{case.key}-seed{seed}"
-        save(procedure.run(case, seed, say=say, keep=training), results)
+    training = cache() / "training" / case.spec / f"{case.name}-{case.key}-seed{seed}"
+    with locked(file), locked(training):  # two processes may write to two places, and train the same
+        if not file.exists() or again:  # another process may have made it while this one waited
+            save(procedure.run(case, seed, say=say, keep=training), results)
         shutil.rmtree(training, ignore_errors=True)
     return load(file)
 

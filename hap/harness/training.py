@@ -24,7 +24,7 @@ from hap.harness.checkpoints import State as State
 from hap.harness.events import Event as Event
 from hap.harness.events import Say as Say
 from hap.harness.events import silent as silent
-from hap.harness.provenance import code
+from hap.harness.provenance import code, environment
 from hap.harness.recipe import Recipe as Recipe
 from hap.harness.recipe import learning_rate as learning_rate
 from hap.harness.stepping import LEAST, Stepper, memory_ran_out
@@ -129,7 +129,7 @@ class _Trainer:
         if not math.isfinite(loss):
             raise HapError(
                 f"{self.task.name}: the training loss must be finite, found {loss} in epoch {number + 1} of "
-                f"{self.recipe.epochs} at learning rate {lr:.3g}; lower finetune.lr or set finetune.warmup_epochs"
+                f"{self.recipe.epochs} at learning rate {lr:.3g}; lower the learning rate or warm up longer"
             )
         found = self.task.evaluate(self.model, "validation")
         row = {"epoch": number, "lr": lr, "train_loss": loss, "validation": found}
@@ -168,7 +168,7 @@ class _Trainer:
         """A digest of everything that decides the result, the code included."""
         task = self.task
         decides = [asdict(self.recipe), task.name, task.data.sha256, task.train_size, task.threads, snapshots]
-        machine = [torch.__version__, torch.get_num_threads(), str(next(self.model.parameters()).device)]
+        machine = environment(next(self.model.parameters()).device)
         total = sha256(json.dumps([decides, machine, code()["sha256"]], sort_keys=True).encode())
         for state in (snapshot(self.model), {"rng": self.rng.get_state()}):
             for name, value in state.items():
@@ -216,13 +216,14 @@ class _Trainer:
 
 @contextmanager
 def exactly() -> Iterator[None]:
-    """The same numbers each time on one machine: convolutions of fixed algorithms."""
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    """The same numbers each time on one machine, float32 where they say so: no TF32, no algorithm chosen by timing."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
     try:
         yield
     finally:
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 def snapshot(model: nn.Module) -> State:

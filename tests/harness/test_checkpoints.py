@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import fake_run, write_spec
+from test_stepping import starved
 from test_training import RECIPE, epoch, net, small
 
 from hap import HapError
@@ -79,10 +80,20 @@ def test_one_that_ended_is_not_trained_again(tmp_path):
     equal(first, second)
 
 
-def test_momentum_and_micro_batches_go_on_too(tmp_path):
+def test_momentum_and_the_last_pass_go_on_too(tmp_path):
     recipe = replace(LONG, momentum=0.99, nesterov=True, stabilise=True)
     start(tmp_path, 5, recipe)
     equal(go(tmp_path, recipe=recipe), go(None, recipe=recipe))
+
+
+def test_micro_batches_that_memory_halved_go_on_and_are_told_once(tmp_path):
+    with pytest.raises(Killed):
+        go(tmp_path, starved(5, net()), train=killed_in(5))  # two epochs were begun anew
+    found = go(tmp_path, net())  # on a machine with memory, so that nothing would halve them again
+    oracle = go(None, starved(5, net()))
+    equal(found, oracle)
+    assert found[1].notes == oracle[1].notes
+    assert len(found[1].notes) == 2
 
 
 def test_channels_last_weights_go_on_in_their_memory_format(tmp_path):
@@ -177,7 +188,7 @@ def test_another_training_is_not_gone_on_from(tmp_path, other, monkeypatch):
         monkeypatch.setattr("hap.harness.training.code", lambda: {"sha256": "another"})
     found = go(tmp_path, **changes)
     assert not any(line.startswith("goes on") for line in found[2])
-    assert any("passed over, ValueError: of another training" in line for line in found[2])
+    assert sum("passed over, Foreign: of another training" in line for line in found[2]) == 1
     changes.pop("model", None)
     equal(found, go(None, net(1) if other == "weights" else None, **changes))
 

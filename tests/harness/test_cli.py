@@ -180,7 +180,7 @@ def test_an_interruption_keeps_what_is_finished_and_says_so(folder, monkeypatch)
     monkeypatch.setattr("hap.harness.run.run", run)
     told = hap("run", "table")
     assert told.exit_code == 130
-    assert told.stderr == f"\nhap: {cli.KEPT}\n"
+    assert told.stderr == f"\nhap: interrupted; {cli.KEPT}\n"
     assert [path.name for path in (folder / "results").rglob("*") if path.is_file()] == ["seed0.json"]
 
 
@@ -218,7 +218,7 @@ def test_control_c_in_a_real_process(folder):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert told.strip() == f"hap: {cli.KEPT}"
+    assert told.strip() == f"hap: interrupted; {cli.KEPT}"
     assert [path.name for path in (folder / "results").rglob("*") if path.is_file()] == []
 
 
@@ -329,3 +329,57 @@ def test_records_of_another_folder_are_found_by_the_path_of_the_spec(folder, mon
     store.save(fake_run(spec.cases["hap"], 0), folder / "results")
     monkeypatch.chdir("/")
     assert "no evidence for seed 1, 2" in hap("judge", str(folder / "reproductions" / "table.toml")).stdout
+
+
+def test_a_spec_for_a_gpu_is_not_begun_without_one_but_its_records_are_read(folder, monkeypatch):
+    write_spec(folder, SPEC.replace('"quick"', '"gpu"\nneeds = "a GPU of 16 GiB"'), "big")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("HAP_DEVICE", raising=False)
+    told = hap("run", "big")
+    assert told.exit_code == 2
+    assert "hap: big: a GPU expected (a GPU of 16 GiB), found none; --smoke rehearses it on a CPU" in told.stderr
+    assert "big is left out: big: a GPU expected" in hap("run", "all").stdout
+    assert len(list((folder / "results" / "table").rglob("seed*.json"))) == 6
+    assert not (folder / "results" / "big").exists()
+    monkeypatch.setenv("HAP_DEVICE", "cpu")
+    assert hap("run", "big").exit_code == 0
+    monkeypatch.delenv("HAP_DEVICE")
+    assert hap("run", "big").exit_code == 0
+
+
+def test_smoke_goes_through_every_stage_and_keeps_nothing(folder, monkeypatch):
+    seen = []
+
+    def run(case, seed, *, say, keep):
+        seen.append((case.name, seed, case.finetune.epochs, Path(os.environ["HAP_CACHE"]).parent))
+        return fake_run(case, seed)
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    monkeypatch.setattr("hap.harness.report.figures", lambda spec, runs, results, root: seen.append((spec.name, root)))
+    write_spec(
+        folder,
+        SPEC.replace('"quick"', '"gpu"').partition("[[claims]]")[0].replace("params = 0.7", "params = [0.5, 0.7]"),
+    )
+    before = sorted(folder.rglob("*"))
+    told = hap("run", "table", "--smoke")
+    assert told.exit_code == 0, told.stderr
+    assert "table: went through every stage; nothing of it is kept" in told.stdout
+    assert [each[:3] for each in seen[:-1]] == [("hap@50", 0, 1), ("random@50", 0, 1)]
+    assert seen[-1] == ("table", folder)
+    assert not seen[0][3].exists()
+    assert sorted(folder.rglob("*")) == before
+    seen.clear()
+    assert hap("run", "table", "--smoke", "--case", "hap@70").exit_code == 0
+    assert seen[0][0] == "hap@70"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), MemoryError()])
+def test_memory_that_runs_out_anywhere_is_one_line(folder, monkeypatch, error):
+    def run(case, seed, *, say, keep):
+        raise error
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    told = hap("run", "table")
+    assert told.exit_code == 2
+    assert "hap: memory ran out (" in told.stderr
+    assert "goes on from there" in told.stderr

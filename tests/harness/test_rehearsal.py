@@ -1,4 +1,4 @@
-"""Every spec we have goes through every stage, on images made up: what a GPU will be asked to do is not new to it."""
+"""Our specs go through every stage on images made up; of networks that share their cases, one does all of them."""
 
 from pathlib import Path
 
@@ -39,11 +39,11 @@ def test_a_spec_goes_through_every_stage(path, fakedata, tmp_path, monkeypatch):
 
 
 def test_the_networks_on_a_gpu_have_the_same_cases():
-    """Or the rehearsal of one would not speak for the others; VGG16 has no implants."""
+    """Or the rehearsal of one would not speak for the others; some ideas change nothing on some networks."""
     cases = {path.stem: set(load_spec(path).cases) for path in SPECS if load_spec(path).tier == "gpu"}
     for name, found in cases.items():
-        assert cases[LIKE] >= found, name
-        assert all("implant" in gone or "guarded" in gone for gone in cases[LIKE] - found), name
+        assert found - cases[LIKE] <= {"idea-tied-folded"}, name  # rehearsed with resnet20-cifar10
+        assert all(gone.startswith("idea-") or "guarded" in gone for gone in cases[LIKE] - found), name
 
 
 def test_what_is_rehearsed_is_never_taken_for_evidence():

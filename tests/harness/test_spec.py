@@ -374,7 +374,7 @@ def test_what_others_reported_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "mistake"),
     [
-        ("dense = 93.36\n", "", "reported[1].dense: is required"),
+        ("\naccuracy = 93.2\n", "\n", "reported[1].accuracy: is required"),
         (
             "dense = 93.26",
             "dense = 100.1",

@@ -124,12 +124,13 @@ def test_what_decides_the_weights_names_the_file(tmp_path, monkeypatch):
 
     def train(folder):
         made.append(len(made))
-        return {"weight": torch.full((2, 2), float(len(made))).T}
+        return cache.Trained({"weight": torch.full((2, 2), float(len(made))).T}, [f"note {len(made)}"])
 
     for seed, decides in [(0, ["a"]), (0, ["a"]), (1, ["a"]), (0, ["b"]), (0, ["a"])]:
-        found = cache.cached("net", seed, decides, [training], train)["weight"]
+        found = cache.cached("net", seed, decides, [training], train)
     assert made == [0, 1, 2]
-    assert found.tolist() == [[1, 1], [1, 1]]
+    assert found.weights["weight"].tolist() == [[1, 1], [1, 1]]
+    assert found.notes == ["note 1"]
     assert not list(tmp_path.glob(".*"))
 
 

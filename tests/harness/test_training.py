@@ -112,7 +112,10 @@ def test_the_loop_is_plain_sgd():
 
 
 def test_nothing_within_an_epoch_waits_for_the_device():
-    """Ops that read a value back, or copy numbers to the device, are as many for 3 steps as for 9."""
+    """Ops that read a value back, or make a tensor of numbers, are as many for 3 steps as for 10.
+
+    What a CPU cannot show: copies of tensors that lie there already.
+    """
     waiting = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "lift_fresh")
     counts = []
 
@@ -175,7 +178,7 @@ def test_a_loss_that_is_no_number_stops_with_epoch_rate_and_advice():
             yield inputs * (float("nan") if poisoned.epochs == 2 else 1), targets
 
     poisoned.epochs = 0
-    rule = r"small: .* found nan in epoch 2 of 3 at learning rate 0\.1; lower finetune\.lr"
+    rule = r"small: .* found nan in epoch 2 of 3 at learning rate 0\.1; lower the learning rate or warm up longer"
     with pytest.raises(HapError, match=rule):
         fit(net(), small(train=poisoned), replace(RECIPE, schedule="constant"), rng=generator(0))
 

@@ -37,4 +37,5 @@ class Task:
     evaluate: Callable[[nn.Module, str], dict[str, float]]  # "validation" | "test" -> accuracy (percent), loss (nats)
     example: Tensor  # one sample, batch axis of 1
     data: Data
+    notes: tuple[str, ...] = ()  # what a record must say of how the model was trained
     threads: int | None = None  # CPU threads that serve this size best; None leaves torch's setting

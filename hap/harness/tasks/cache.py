@@ -1,11 +1,13 @@
 """Trained weights kept on disk under everything that decides them; knows nothing of how they are trained."""
 
 import inspect
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load, save
@@ -14,14 +16,21 @@ from torch import Tensor
 from hap.harness.files import atomic_write, cache, locked
 
 
+class Trained(NamedTuple):
+    """What came of a training."""
+
+    weights: dict[str, Tensor]
+    notes: list[str]  # what the record of a run must say of it
+
+
 def cached(
     name: str,
     seed: int,
     decides: Sequence[object],
     sources: Sequence[ModuleType],
-    train: Callable[[Path], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    """The weights of `train(folder)`, from $HAP_CACHE or ./.hap where they lie undamaged.
+    train: Callable[[Path], Trained],
+) -> Trained:
+    """What `train(folder)` gave, from $HAP_CACHE or ./.hap where they lie undamaged.
 
     The folder is for what a training that is killed goes on from; it goes when the weights are there.
 
@@ -35,12 +44,14 @@ def cached(
     if content is None:
         with locked(file):
             content = _undamaged(file) or _made(file, train)  # another process may have been faster
-    return load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return Trained(load(content), json.loads(header["__metadata__"]["notes"]))
 
 
-def _made(file: Path, train: Callable[[Path], dict[str, Tensor]]) -> bytes:
+def _made(file: Path, train: Callable[[Path], Trained]) -> bytes:
     folder = file.with_suffix(".training")
-    content = save({key: value.contiguous() for key, value in train(folder).items()})
+    weights, notes = train(folder)
+    content = save({key: value.contiguous() for key, value in weights.items()}, {"notes": json.dumps(notes)})
     atomic_write(file, content)
     atomic_write(_beside(file), sha256(content).hexdigest().encode())
     shutil.rmtree(folder, ignore_errors=True)

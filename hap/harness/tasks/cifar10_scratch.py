@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from hap import losses
 from hap.harness import recipe as recipes
 from hap.harness import stepping, training
 from hap.harness.tasks import Data, Task, cifar10, data, nets
-from hap.harness.tasks.cache import cached
+from hap.harness.tasks.cache import Trained, cached
 from hap.harness.tasks.cifar10 import HELD_OUT, SMOKE, few, split, workload
 from hap.harness.tasks.data import Normalise, epoch
 
@@ -33,7 +34,9 @@ def trained(
     keep: Literal["last", "best_test"] = "last",
     autocast: str | None = None,
     compile: bool = False,
+    lr: float = 0.1,
     smoke: bool = False,
+    say: training.Say = training.silent,
 ) -> Task:
     """The network of `build`, trained with this seed where its weights are not in the cache; the rest as `pretrained`.
 
@@ -42,19 +45,19 @@ def trained(
     published, and validation then says little. `smoke`: SMOKE images and one epoch, the same way.
     """
     splits, source = split(held_out, smoke)
-    plan: dict[str, Any] = {"epochs": 1 if smoke else epochs, "lr": 0.1, "weight_decay": 2e-4, "batch_size": 128}
+    plan: dict[str, Any] = {"epochs": 1 if smoke else epochs, "lr": lr, "weight_decay": 2e-4, "batch_size": 128}
     recipe = training.Recipe(**plan, autocast=autocast, compile=compile)
     model = build(rng=training.generator(seed, "init"))
     rest: dict[str, Any] = {"images": few(images, smoke), "batch": batch, "last": last and few(last, smoke)}
     made = workload(name, model, splits, source, NORMALISE, seed, **rest, train_images=train_images)
     decides = [name, recipe, NORMALISE, held_out, keep, SMOKE if smoke else None, source.sha256]
-    sources = [nets, data, cifar10, training, stepping, recipes, sys.modules[__name__]]
+    sources = [nets, data, cifar10, training, stepping, recipes, losses, sys.modules[__name__]]
     whole = partial(epoch, splits["train"], normalise=NORMALISE, pad=4, flip=True)
     learner = replace(made, train=whole, train_size=len(splits["train"].labels))
-    weights = cached(name, seed, decides, sources, partial(_weights, learner, recipe, seed, keep))
-    made.model.load_state_dict(weights)
+    found = cached(name, seed, decides, sources, partial(_trained, learner, recipe, seed, keep, say))
+    made.model.load_state_dict(found.weights)
     made.model.eval()
-    return made
+    return replace(made, notes=tuple(found.notes))
 
 
 def ready(**options: object) -> Data:
@@ -62,15 +65,15 @@ def ready(**options: object) -> Data:
     return data.cifar10()[2]
 
 
-def _weights(task: Task, recipe: training.Recipe, seed: int, keep: str, folder: Path) -> training.State:
+def _trained(task: Task, recipe: training.Recipe, seed: int, keep: str, say: training.Say, folder: Path) -> Trained:
     rng, best = training.generator(seed, "train"), keep == "best_test"
-    curve = training.fit(task.model, task, recipe, rng=rng, keep=folder, snapshots=best)
+    curve = training.fit(task.model, task, recipe, rng=rng, say=say, keep=folder, snapshots=best)
     if not best:
-        return training.snapshot(task.model)
+        return Trained(training.snapshot(task.model), curve.notes)
 
     def on_test(state: training.State) -> float:
         task.model.load_state_dict(state)
         return task.evaluate(task.model, "test")["accuracy"]
 
     # upstream: the epoch that is best on the test set is kept, so the dense accuracy that is reported is selected on it
-    return max(curve.states(), key=on_test)
+    return Trained(max(curve.states(), key=on_test), curve.notes)

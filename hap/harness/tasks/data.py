@@ -1,24 +1,20 @@
-"""Data sets and checkpoints as they lie on disk, and batches of images; knows nothing of networks.
-
-Pickles are read by an unpickler that can build arrays and nothing else.
-"""
+"""Data sets and checkpoints as they lie on disk, and batches of images; knows nothing of networks."""
 
 import io
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import md5, sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hap import HapError
 from hap.harness.tasks import Data, MissingData
+from hap.harness.tasks.pickles import batch, damaged, first_line
 
 CIFAR10_MD5 = {  # the six files of the official copy, as torchvision.datasets.CIFAR10 lists them
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -63,7 +59,7 @@ def cifar10(root: str | Path | None = None) -> tuple[Images, Images, Data]:
 @lru_cache(maxsize=1)  # 0.5 s and 180 MB: every case and seed of a run reads the same bytes
 def _cifar10(folder: Path) -> tuple[Images, Images, Data]:
     contents = {name: _bytes(folder / name) for name in CIFAR10_MD5}
-    pixels, labels = zip(*(_batch(folder / name, content) for name, content in contents.items()), strict=True)
+    pixels, labels = zip(*(batch(folder / name, content) for name, content in contents.items()), strict=True)
     differing = [name for name, content in contents.items() if md5(content).hexdigest() != CIFAR10_MD5[name]]
     note = f"unofficial copy: md5 of {', '.join(differing)} not the official one" if differing else "official copy"
     data = Data("cifar10", digest([*pixels, *labels]), not differing, note)
@@ -82,7 +78,7 @@ def checkpoint(name: str, root: str | Path | None = None) -> tuple[dict[str, Ten
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)["state_dict"]
         state = {key.removeprefix("module."): value for key, value in state.items()}
     except Exception as error:  # whatever a damaged zip or pickle makes torch raise
-        raise _damaged(file, "a checkpoint with a state_dict of tensors", _first_line(error)) from None
+        raise damaged(file, "a checkpoint with a state_dict of tensors", first_line(error)) from None
     return state, file, sha256(content).hexdigest()
 
 
@@ -91,13 +87,18 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], file: Path) -> nn.M
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise _damaged(file, "the weights of this network", f"{' '.join(str(error).split()):.160}") from None
+        raise damaged(file, "the weights of this network", f"{' '.join(str(error).split()):.160}") from None
     return model
 
 
 def device() -> torch.device:
     """Where a task puts its model and its data: $HAP_DEVICE, else a GPU, else the CPU."""
-    return torch.device(os.environ.get("HAP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    given = os.environ.get("HAP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=given).device
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a device that is not there
+        found = f"{given!r} ({first_line(error)})"
+        raise HapError(f"HAP_DEVICE: a device of this machine expected, found {found}") from None
 
 
 class Normalise(NamedTuple):
@@ -201,50 +202,8 @@ def _missing(what: str, name: str, root: str | Path | None, source: str) -> Miss
     return MissingData(f"{what} not found: looked for {name} in {places}; get it from {source}, and set HAP_DATA")
 
 
-def _damaged(file: Path, rule: str, found: str) -> HapError:
-    return HapError(f"{file}: must be {rule} (found {found}); delete it and get it again")
-
-
 def _bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise _damaged(file, "readable", str(error.strerror)) from None
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.120}"
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Builds what the official files hold, whether written by Python 2 or 3, and refuses every other global."""
-
-    allowed = {  # noqa: RUF012  (an annotation would hide that it is a constant)
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),  # how Python 3 spells bytes in protocol 2
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
-            raise HapError(f"{module}.{name}")
-        return self.allowed[module, name]
-
-
-def _batch(file: Path, content: bytes) -> tuple[Tensor, Tensor]:
-    rule = "a pickled dict of data, 10000 x 3072 bytes, and labels, 10000 numbers from 0 to 9"
-    try:
-        record = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        pixels, labels = np.asarray(record[b"data"]), np.asarray(record[b"labels"])
-    except HapError as error:
-        raise _damaged(file, "a pickle of nothing but arrays", f"the global {error}") from None
-    except Exception as error:  # whatever a damaged pickle makes the unpickler raise
-        raise _damaged(file, rule, _first_line(error)) from None
-    if pixels.dtype != np.uint8 or pixels.shape != (10000, 3072):
-        raise _damaged(file, rule, f"data of type {pixels.dtype} and shape {pixels.shape}")
-    strange = [label for label in labels.ravel().tolist() if label not in range(10)]
-    if labels.shape != (10000,) or strange:
-        raise _damaged(file, rule, f"{labels.shape} labels, not from 0 to 9: {strange[:3]}")
-    return torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels.astype(np.int64))
+        raise damaged(file, "readable", str(error.strerror)) from None

@@ -1,6 +1,7 @@
 """The 1,797 handwritten digits inside scikit-learn, and a small PreResNet that is trained on them when first needed."""
 
 import sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from hap import losses
 from hap.harness import recipe, stepping, training
 from hap.harness.tasks import Data, Task, data, nets
-from hap.harness.tasks.cache import cached
+from hap.harness.tasks.cache import Trained, cached
 from hap.harness.tasks.data import Images, Normalise, calibration, digest, epoch, measure
 from hap.losses import CrossEntropy
 
@@ -21,7 +23,7 @@ NORMALISE = Normalise((0.305,), (0.376,), white=16.0)
 SPLITS = {"train": 1077, "validation": 270, "test": 450}
 
 
-def task(seed: int, *, images: int = 512, batch: int = 128) -> Task:
+def task(seed: int, *, images: int = 512, batch: int = 128, say: training.Say = training.silent) -> Task:
     """A PreResNet-20 trained with this seed, and `images` calibration images that the seed draws.
 
     The digits fill their 8x8 images, so there is no augmentation: a shift by one pixel cuts strokes off, and cost 1 to
@@ -46,10 +48,11 @@ def task(seed: int, *, images: int = 512, batch: int = 128) -> Task:
         threads=1,
     )
     decides = [DEPTH, WIDTHS, RECIPE, NORMALISE, SPLITS, source.sha256]
-    sources = [nets, data, training, stepping, recipe, sys.modules[__name__]]
-    made.model.load_state_dict(cached(made.name, seed, decides, sources, partial(_trained, made, seed)))
+    sources = [nets, data, training, stepping, recipe, losses, sys.modules[__name__]]
+    found = cached(made.name, seed, decides, sources, partial(_trained, made, seed, say))
+    made.model.load_state_dict(found.weights)
     made.model.eval()
-    return made
+    return replace(made, notes=tuple(found.notes))
 
 
 def ready(**options: object) -> Data:
@@ -57,10 +60,10 @@ def ready(**options: object) -> Data:
     return _digits()[1]
 
 
-def _trained(task: Task, seed: int, keep: Path) -> training.State:
+def _trained(task: Task, seed: int, say: training.Say, keep: Path) -> Trained:
     rng = training.generator(seed, "train")
-    training.fit(task.model, task, RECIPE, rng=rng, keep=keep, snapshots=False)
-    return training.snapshot(task.model)
+    curve = training.fit(task.model, task, RECIPE, rng=rng, say=say, keep=keep, snapshots=False)
+    return Trained(training.snapshot(task.model), curve.notes)
 
 
 def _network(rng: torch.Generator) -> nn.Module:

@@ -52,7 +52,7 @@ def preresnet(
 
 def vgg16(*, batch_norm: bool = False, classes: int = 10, rng: torch.Generator | None = None) -> nn.Module:
     """VGG16 for small images with one linear layer; [HAP-code] builds it without BatchNorm, with biases."""
-    return _fan_out(VGG(batch_norm, classes), rng)
+    return _kaiming(VGG(batch_norm, classes), rng)
 
 
 class BasicBlock(nn.Module):
@@ -198,8 +198,8 @@ def _kaiming(model: nn.Module, rng: torch.Generator | None) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, generator=rng)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     return model
 
 
@@ -207,8 +207,6 @@ def _fan_out(model: nn.Module, rng: torch.Generator | None) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0, math.sqrt(2 / (module.weight[0, 0].numel() * module.out_channels)), rng)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.kaiming_uniform_(module.weight, math.sqrt(5), generator=rng)
             nn.init.zeros_(module.bias)
