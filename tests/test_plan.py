@@ -307,3 +307,16 @@ def test_layers_of_which_one_is_part_of_the_other_go_down_to_one_multiple_each(n
     scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(seed))
     chosen = plan(groups, scores, Budget(groups=0.75, multiple=4, layer_limit=1.0))
     assert [chosen.rows[name].count("#") for name in names] == [4, 4]
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_groups_go_with_those_of_the_same_layers(names):
+    """Three of the wide layer alone score lowest and wait: four of both layers can go at once, without them."""
+    model = Nested(*names).eval()
+    groups = couple(model, trace(model, torch.randn(1, 3, 8, 8)), "tied")
+    both = groups.row_group[groups.shapes[names[0]].rows_at]
+    scores = torch.ones(16).index_fill_(0, both[:4], 0.5)
+    alone = [group for group in range(16) if group not in both.tolist()]
+    scores[alone[:3]] = 0.0
+    chosen = plan(groups, scores, Budget(groups=0.25, multiple=4))
+    assert (chosen.fates(groups) == Fate.DROP).nonzero()[:, 0].tolist() == sorted(both[:4].tolist())
