@@ -134,25 +134,27 @@ class Shared(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 4)
-        self.c, self.out = self.b, nn.Linear(4, 4)
+        self.a, self.b, self.d = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+        self.c, self.fc, self.out = self.b, nn.Linear(4, 4), nn.Linear(4, 4)
         self.out.weight = self.fc.weight
 
     def forward(self, x):
-        return self.out(self.fc(self.c(self.b(self.a(x).relu()).relu()).mean((2, 3))))
+        x = self.c(self.b(self.a(x).relu()).relu()).relu()
+        return self.out(self.fc(self.d(x).mean((2, 3))))
 
 
 def test_shared_modules_and_parameters_are_written_once_and_shared_again(tmp_path):
     torch.manual_seed(0)
     model, x = Shared().eval(), torch.randn(2, 3, 6, 6)
     groups = couple(model, trace(model, x), "union")
-    small = apply(model, groups, random_plan(groups, torch.Generator().manual_seed(2), 0.5, 0.0))
-    assert any(isinstance(module, Patch) for module in small.modules())
+    small = apply(model, groups, random_plan(groups, torch.Generator().manual_seed(0), 0.5, 0.2), zero)
+    assert {"b", "c"} & describe(small, Shared())["modules"].keys() == {"b"}
     again = load_model(save_model(small, Shared(), tmp_path), Shared)
     assert same(small, again)
     assert again.b is again.c
     assert again.out.weight is again.fc.weight
     assert "out.weight" not in tensors(again)
+    assert not any(name.startswith("c.") for name in tensors(again))
     assert torch.equal(again(x), small(x))
 
 
