@@ -71,7 +71,7 @@ def apply(
             inputs = _inputs(model, groups, name, cut, batches, call)
             made = implant(model.get_submodule(name), cut.implanted, inputs)
             parts.append(_absorb(small, groups, cuts, name, made))
-        _replace(small, module, _patched(module, cut, parts, device).train(module.training))
+        replace(small, module, _patched(module, cut, parts, device).train(module.training))
     return small
 
 
@@ -199,7 +199,7 @@ def _blank(x: Tensor, where: Tensor, feature: int) -> Tensor:
     return x.masked_fill(where.to(x.device).reshape(shape), 0.0)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put one module in another's place, under each of its names."""
     for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
         parent, _, child = name.rpartition(".")

@@ -7,7 +7,8 @@ up: `binding` (how a name in a spec becomes a function), `files`, `provenance`, 
 the rest; `batchnorm`, `stepping` and `checkpoints` are what training is built of; `tasks` comes before `training`,
 which trains a Task, and so before `cases`, which hold a Recipe; the single tasks come after it, for they train
 themselves. `cases`, a part of `spec` until that grew too long, makes a Case of its tables;
-`upstream`, a method that only specs name, needs no more than a Task.
+`upstream`, a method that only specs name, needs no more than a Task. `shapes` and `architecture` are what `store` needs
+to write a pruned model without a pickle: a module, then a model, as a record.
 """
 
 import ast
@@ -31,7 +32,7 @@ HARNESS = (
     "tasks.cache tasks.nets tasks.pickles tasks.data tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
     "tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
-    "cases spec scoring run store judge plugin report rehearsal doctor progress cli"
+    "cases spec scoring run shapes architecture store judge plugin report rehearsal doctor progress cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 

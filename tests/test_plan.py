@@ -281,3 +281,42 @@ def test_a_budget_without_a_multiple_is_written_as_it_always_was():
     assert list(plan(groups, scores, Budget(params=0.3)).budget) == ["params", "implant", "layer_limit"]
     assert plan(groups, scores, Budget(params=0.3, multiple=2)).to_json()["budget"]["multiple"] == 2
     assert plan(groups, scores, Budget(params=0.3, multiple=1)).rows == plan(groups, scores, Budget(params=0.3)).rows
+
+
+class Nested(torch.nn.Module):
+    """A wide stream that begins with a narrow one: some groups have rows of both layers, some of the wide one alone."""
+
+    def __init__(self, narrow, wide):
+        super().__init__()
+        self.narrow, self.wide, self.fc = narrow, wide, torch.nn.Linear(16, 2)
+        self.add_module(narrow, torch.nn.Conv2d(3, 8, 3, padding=1))
+        self.add_module(wide, torch.nn.Conv2d(8, 16, 3, padding=1))
+
+    def forward(self, x):
+        x = self.get_submodule(self.narrow)(x).relu()
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 8)) + self.get_submodule(self.wide)(x)
+        return self.fc(x.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_of_which_one_is_part_of_the_other_go_down_to_one_multiple_each(names, seed):
+    """Whatever the scores and the names: taking the wrong groups along would leave others waiting for ever."""
+    model = Nested(*names).eval()
+    groups = couple(model, trace(model, torch.randn(1, 3, 8, 8)), "tied")
+    scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(seed))
+    chosen = plan(groups, scores, Budget(groups=0.75, multiple=4, layer_limit=1.0))
+    assert [chosen.rows[name].count("#") for name in names] == [4, 4]
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_groups_go_with_those_of_the_same_layers(names):
+    """Three of the wide layer alone score lowest and wait: four of both layers can go at once, without them."""
+    model = Nested(*names).eval()
+    groups = couple(model, trace(model, torch.randn(1, 3, 8, 8)), "tied")
+    both = groups.row_group[groups.shapes[names[0]].rows_at]
+    scores = torch.ones(16).index_fill_(0, both[:4], 0.5)
+    alone = [group for group in range(16) if group not in both.tolist()]
+    scores[alone[:3]] = 0.0
+    chosen = plan(groups, scores, Budget(groups=0.25, multiple=4))
+    assert (chosen.fates(groups) == Fate.DROP).nonzero()[:, 0].tolist() == sorted(both[:4].tolist())

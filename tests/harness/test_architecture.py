@@ -1,0 +1,370 @@
+"""A pruned model as a record and back: the same outputs to the last bit, and nothing a stranger wrote is trusted."""
+
+import copy
+import json
+from functools import partial
+
+import pytest
+import torch
+from cases import REAL, SMALL, build
+from torch import nn
+
+from hap import Budget, HapError, apply, couple, trace
+from hap.cost import params
+from hap.harness.architecture import describe, fill, rebuild, tensors
+from hap.harness.store import load_model, save_model
+from hap.harness.tasks import nets
+from hap.implants import centre_tap, least_squares, zero
+from hap.layers import forward
+from hap.patch import Patch
+from hap.plan import plan
+from hap.testing import random_plan
+
+IMPLANTS = {"zero": zero, "centre_tap": centre_tap, "least_squares": least_squares}
+
+
+def pruned(name, how="union", implant=zero, seed=0, table=SMALL):
+    model, example = build(table, name)
+    groups = couple(model, trace(model, example), how)
+    chosen = random_plan(groups, torch.Generator().manual_seed(seed))
+    return apply(model, groups, chosen, implant, batches=[example]), example
+
+
+def fresh(name, table=SMALL):
+    """What a person has: the class, with other weights."""
+    torch.manual_seed(99)
+    return table[name][0]()
+
+
+def numbers(output):
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def same(one, other):
+    """Whether two models hold the same to the last bit, in the same layout and the same modes."""
+    held = [dict(model.state_dict(keep_vars=True)) for model in (one, other)]
+    assert list(held[0]) == list(held[1])
+    for a, b in zip(*(each.values() for each in held), strict=True):
+        assert torch.equal(a, b)
+        assert (a.dtype, a.stride(), a.requires_grad, type(a)) == (b.dtype, b.stride(), b.requires_grad, type(b))
+    modes = [{name: m.training for name, m in model.named_modules(remove_duplicate=False)} for model in (one, other)]
+    assert modes[0] == modes[1]
+    return True
+
+
+@pytest.mark.parametrize("how", ["tied", "union"])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_pruned_model_comes_back_to_the_last_bit(name, how, tmp_path):
+    """All of the table, each with another implant; the outputs are compared too, for they depend on layouts."""
+    implant = list(IMPLANTS.values())[list(SMALL).index(name) % 3]
+    small, example = pruned(name, how, implant)
+    save_model(small, fresh(name), tmp_path)
+    again = load_model(tmp_path, partial(fresh, name))
+    assert same(small, again)
+    with torch.no_grad():
+        assert torch.equal(numbers(forward(again, example)), numbers(forward(small, example)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("implant", IMPLANTS)
+@pytest.mark.parametrize("name", ["preresnet", "option-a", "option-b", "branches"])
+def test_each_implant_comes_back(name, implant, tmp_path):
+    small, example = pruned(name, "union", IMPLANTS[implant], seed=3)
+    assert any(isinstance(module, Patch) and len(module.parts) == 2 for module in small.modules())
+    small = small.to(memory_format=torch.channels_last) if example.dim() == 4 else small
+    again = load_model(save_model(small, fresh(name), tmp_path), partial(fresh, name))
+    assert same(small, again)
+    with torch.no_grad():
+        assert torch.equal(again(example), small(example))
+
+
+def test_a_network_of_a_task_comes_back_from_the_class_alone(tmp_path):
+    """VGG16 with BatchNorm, nine tenths of its parameters pruned at random."""
+    model, example = build(REAL, "vgg16_bn")
+    groups = couple(model, trace(model, example), "tied")
+    scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(0))
+    small = apply(model, groups, plan(groups, scores, Budget(params=0.9)))
+    again = load_model(save_model(small, model, tmp_path), partial(nets.vgg16, batch_norm=True))
+    assert same(small, again)
+    assert params(again) < 0.1 * params(model)
+
+
+def test_a_model_with_a_dictionary_of_outputs_comes_back(tmp_path):
+    small, example = pruned("bert", "union", table=REAL)
+    again = load_model(save_model(small, fresh("bert", REAL), tmp_path), partial(fresh, "bert", REAL))
+    assert same(small, again)
+    with torch.no_grad():
+        assert torch.equal(forward(again, example).logits, forward(small, example).logits)
+
+
+def test_a_model_that_was_pruned_twice_comes_back(tmp_path):
+    model, example = build(SMALL, "preresnet")
+    for seed in range(2):
+        groups = couple(model, trace(model, example), "tied")
+        model = apply(model, groups, random_plan(groups, torch.Generator().manual_seed(seed), 0.3, 0.0))
+    again = load_model(save_model(model, fresh("preresnet"), tmp_path), partial(fresh, "preresnet"))
+    assert same(model, again)
+
+
+def test_a_model_that_was_not_pruned_comes_back_too(tmp_path):
+    model, _ = build(SMALL, "gated")
+    assert describe(model, fresh("gated"))["modules"] == {}
+    assert same(model, load_model(save_model(model, fresh("gated"), tmp_path), partial(fresh, "gated")))
+
+
+def test_layout_type_mode_and_frozen_parameters_come_back(tmp_path):
+    small, _ = pruned("option-b", seed=3)
+    small = small.half().to(memory_format=torch.channels_last)
+    small.bn1.train()
+    small.linear.weight.requires_grad_(False)
+    again = load_model(save_model(small, fresh("option-b"), tmp_path), partial(fresh, "option-b"))
+    assert same(small, again)
+    assert again.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert (again.conv1.weight.dtype, again.bn1.training, again.training) == (torch.float16, True, False)
+
+
+def test_a_function_that_builds_channels_last_does_not_decide_the_layout(tmp_path):
+    small, _ = pruned("option-b")
+    save_model(small, fresh("option-b"), tmp_path)
+    assert same(small, load_model(tmp_path, lambda: fresh("option-b").to(memory_format=torch.channels_last).train()))
+
+
+class Shared(nn.Module):
+    """A module of two names, and two modules that share a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.d = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+        self.c, self.fc, self.out = self.b, nn.Linear(4, 4), nn.Linear(4, 4)
+        self.out.weight = self.fc.weight
+
+    def forward(self, x):
+        x = self.c(self.b(self.a(x).relu()).relu()).relu()
+        return self.out(self.fc(self.d(x).mean((2, 3))))
+
+
+def test_shared_modules_and_parameters_are_written_once_and_shared_again(tmp_path):
+    torch.manual_seed(0)
+    model, x = Shared().eval(), torch.randn(2, 3, 6, 6)
+    groups = couple(model, trace(model, x), "union")
+    small = apply(model, groups, random_plan(groups, torch.Generator().manual_seed(0), 0.5, 0.2), zero)
+    assert {"b", "c"} & describe(small, Shared())["modules"].keys() == {"b"}
+    again = load_model(save_model(small, Shared(), tmp_path), Shared)
+    assert same(small, again)
+    assert again.b is again.c
+    assert again.out.weight is again.fc.weight
+    assert "out.weight" not in tensors(again)
+    assert not any(name.startswith("c.") for name in tensors(again))
+    assert torch.equal(again(x), small(x))
+
+
+def test_parameters_that_were_tied_after_pruning_stay_tied(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    again = load_model(
+        save_model(model, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), tmp_path),
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
+    )
+    assert again[1].weight is again[0].weight
+    assert same(model, again)
+
+
+class Scaled(nn.Conv2d):
+    """A convolution of a class of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_of_a_layer_stays_of_its_class(tmp_path):
+    def net():
+        return nn.Sequential(Scaled(3, 6, 3, padding=1), nn.ReLU(), Scaled(6, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+
+    torch.manual_seed(0)
+    model, x = net().eval(), torch.randn(2, 3, 6, 6)
+    groups = couple(model, trace(model, x), "union")
+    small = apply(model, groups, random_plan(groups, torch.Generator().manual_seed(0)), centre_tap)
+    again = load_model(save_model(small, net(), tmp_path), net)
+    assert same(small, again)
+    assert [type(m) for m in again.modules()] == [type(m) for m in small.modules()]
+    assert torch.equal(again(x), small(x))
+
+
+def low_rank(module, rows, inputs):
+    """A stranger's implant: through half as many channels."""
+    return nn.Sequential(
+        nn.Conv2d(len(inputs.slots), 1, 1, bias=False),
+        nn.Conv2d(1, len(rows), 1, stride=module.stride, bias=module.bias is not None),
+    )
+
+
+def test_the_implant_of_a_stranger_comes_back_where_its_classes_are_known(tmp_path):
+    small, x = pruned("plain", "union", low_rank)
+    again = load_model(save_model(small, fresh("plain"), tmp_path), partial(fresh, "plain"))
+    assert same(small, again)
+    assert torch.equal(again(x), small(x))
+
+
+def test_what_is_more_than_surgery_is_refused_when_it_is_saved(tmp_path):
+    def says(model, original, text):
+        with pytest.raises(HapError, match=text) as caught:
+            save_model(model, original, tmp_path)
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"{tmp_path / 'model.safetensors'}: the model cannot be saved: ")
+
+    small, _ = pruned("plain")
+    strange = copy.deepcopy(small)
+    strange[1] = nn.GELU()
+    says(strange, fresh("plain"), r"1: must be as in the original or one of Patch, Sequential, .* \(found 'torch\.nn")
+    says(small, fresh("mlp"), "must be as in the original|must be in the pruned model|must follow from")
+    wide = nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2))
+    says(wide, nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "modules: must have at most the 26 parameters")
+    more = copy.deepcopy(small)
+    more.register_buffer("extra", torch.zeros(3))
+    says(more, fresh("plain"), r"extra: must follow from the modules, which make its shape None \(found \(3,\)\)")
+    says(nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4), nn.ReLU()), "1: must be in the pruned model")
+    norm = nn.Sequential(nn.LayerNorm(3))
+    says(norm, nn.Sequential(nn.LayerNorm(4)), r"0.bias: must follow .* shape \(4,\) \(found \(3,\)\)")
+
+    class Stateful(nn.Linear):
+        def get_extra_state(self):
+            return {}
+
+        def set_extra_state(self, state):
+            pass
+
+    says(Stateful(2, 2), Stateful(2, 2), "_extra_state: must be a tensor to be saved")
+
+
+def test_a_record_is_json_that_a_person_can_read():
+    small, _ = pruned("option-b")
+    record = describe(small, fresh("option-b"))
+    assert json.loads(json.dumps(record)) == record
+    patches = {name: entry for name, entry in record["modules"].items() if entry["kind"] == "Patch"}
+    name, entry = next(iter(patches.items()))
+    module = small.get_submodule(name)
+    assert entry["width"] == module.width
+    assert entry["parts"][0]["kind"] == type(module.parts[0]).__name__
+    assert record["types"]["layer1.0.conv1"] == "Conv2d"
+
+
+def edited(record, *steps, to):
+    copied = json.loads(json.dumps(record))
+    part = copied
+    for step in steps[:-1]:
+        part = part[step]
+    part[steps[-1]] = to
+    return copied
+
+
+CONV, PATCH = "layer2.0.shortcut.0", "layer2.0.conv2"
+HOSTILE = {
+    "negative": ([CONV, "in_channels"], -1, "in_channels: Input should be greater than or equal to 1"),
+    "huge": ([CONV, "in_channels"], 2**40, "in_channels: Input should be less than"),
+    "as large as can be": ([CONV, "out_channels"], 2**31 - 1, "modules: must have at most the .* parameters"),
+    "no class of ours": ([CONV, "kind"], "os.system", r"modules\.layer2\.0\.shortcut\.0"),
+    "a class of torch": ([CONV, "kind"], "Transformer", r"modules\.layer2\.0\.shortcut\.0"),
+    "a subclass by name": (
+        [CONV, "like"],
+        "os.system",
+        r"like: must be torch\.nn\.modules\.conv\.Conv2d, the class of",
+    ),
+    "a string for a number": ([CONV, "out_channels"], "4", "out_channels: Input should be a valid integer"),
+    "sizes of another dimension": ([CONV, "kernel_size"], [3], "must have 2 numbers for each size, as a Conv2d has"),
+    "groups that do not divide": ([CONV, "groups"], 3, "must have the sizes of a Conv2d"),
+    "padding that cannot be": ([CONV, "padding"], "most", "padding"),
+    "an unknown field": ([CONV, "colour"], 1, "colour: unknown field"),
+    "a Patch without parts": ([PATCH, "parts"], [], "parts"),
+    "a Patch in a Patch": ([PATCH, "parts"], [{"kind": "Patch"}], "parts"),
+    "more places than rows": ([PATCH, "width"], 1, r"modules\.layer2\.0\.conv2\.places: must be at most 1"),
+    "more rows than the original": ([PATCH, "width"], 9999, r"width: must be at most 8"),
+    "more inputs than the original": ([PATCH, "given"], 9999, r"given: must be at most 8"),
+    "more taken than given": ([PATCH, "take"], 9999, r"take: must be at most"),
+    "places that parts do not write": ([PATCH, "places"], 1, r"parts: must write 1 rows and read"),
+    "another axis": ([PATCH, "axis"], -1, "along the axis of its channels"),
+    "no axis": ([PATCH, "axis"], 0, "axis: Input should be 1 or -1"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_module_is_refused_by_rule(name):
+    steps, value, says = HOSTILE[name]
+    small, _ = pruned("option-b", "union", zero, 3)
+    record = describe(small, fresh("option-b"))
+    assert record["modules"][CONV]["kind"] == "Conv2d"
+    assert record["modules"][PATCH]["kind"] == "Patch"
+    with pytest.raises(HapError, match=says) as caught:
+        rebuild(fresh("option-b"), edited(record, "modules", *steps, to=value))
+    assert "\n" not in str(caught.value)
+
+
+FLAGS = {
+    "a module that is not there": ("modules", {"nowhere": {"kind": "ReLU"}}, "modules: must name what is in the model"),
+    "the model itself": ("modules", {"": {"kind": "ReLU"}}, "modules: must name what is in the model"),
+    "a path": ("modules", {"../../etc": {"kind": "ReLU"}}, "modules: must name what is in the model"),
+    "nothing but names": ("modules", [], "modules: Input should be"),
+    "types of another class": ("types", {"": "VGG"}, "must be VGG, as when it was saved|must be absent"),
+    "shared with nothing": ("shared", {"linear.bias": "nowhere"}, "shared: must name what is in the model"),
+    "shared with another shape": ("shared", {"linear.bias": "linear.weight"}, "must be like linear.weight"),
+    "strides of nothing": ("strides", {"nowhere": [1]}, "strides: must name what is in the model"),
+    "strides that overlap": ("strides", {"linear.bias": [0]}, "must lay out .* without gap or overlap"),
+    "strides with gaps": ("strides", {"linear.bias": [2**20]}, "must lay out .* without gap or overlap"),
+    "too many strides": ("strides", {"linear.bias": [1, 1]}, "must lay out .* without gap or overlap"),
+    "negative strides": ("strides", {"linear.bias": [-1]}, "strides.linear.bias"),
+    "frozen what is not there": ("frozen", ["nowhere"], "frozen: must name what is in the model"),
+    "switched what is not there": ("switched", ["nowhere"], "switched: must name what is in the model"),
+    "a mode that is none": ("training", "yes", "training: Input should be a valid boolean"),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_hostile_flag_is_refused_by_rule(name):
+    field, value, says = FLAGS[name]
+    small, _ = pruned("option-b")
+    record = describe(small, fresh("option-b"))
+    with pytest.raises(HapError, match=says) as caught:
+        rebuild(fresh("option-b"), edited(record, field, to=value))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(HapError, match=f"{field}: is required"):
+        rebuild(fresh("option-b"), {key: part for key, part in record.items() if key != field})
+
+
+def test_parts_within_parts_without_end_are_refused():
+    deep = {"kind": "Sequential", "parts": []}
+    for _ in range(300):
+        deep = {"kind": "Sequential", "parts": [deep]}
+    record = describe(build(SMALL, "plain")[0], fresh("plain"))
+    with pytest.raises(HapError, match=r"recursion|depth"):
+        rebuild(fresh("plain"), edited(record, "modules", to={"1": deep}))
+
+
+def test_no_memory_is_taken_for_what_is_refused():
+    """Sizes of 2**62 weights would not fit anywhere."""
+    small, _ = pruned("option-b", "union", zero, 3)
+    record = describe(small, fresh("option-b"))
+    huge = record["modules"][CONV] | {"in_channels": 2**30, "out_channels": 2**30, "groups": 1}
+    with pytest.raises(HapError, match="must have"):
+        rebuild(fresh("option-b"), edited(record, "modules", CONV, to=huge))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("linear.bias", None, "linear.bias: must be there"),
+        ("colour", torch.zeros(1), "colour: must not be there"),
+        ("linear.bias", torch.zeros(11), r"linear.bias: must be of shape \(10,\) \(found \(11,\)\)"),
+        ("linear.bias", torch.zeros(10, dtype=torch.long), r"linear.bias: must be torch.float32 \(found torch.int64\)"),
+        (f"{PATCH}.places", "twice", r"layer2.0.conv2.places: must be different numbers from 0 to"),
+        (f"{PATCH}.places", "outside", r"layer2.0.conv2.places: must be different numbers from 0 to"),
+        (f"{PATCH}.places", "below", r"layer2.0.conv2.places: must be different numbers from 0 to"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(name, value, says):
+    small, _ = pruned("option-b", "union", zero, 3)
+    values = dict(tensors(small))
+    changes = {"twice": lambda t: torch.zeros_like(t), "outside": lambda t: t + 99, "below": lambda t: t - 99}
+    if isinstance(value, str):
+        value = changes[value](values[name])
+    values = {k: v for k, v in values.items() if k != name} | ({} if value is None else {name: value})
+    with pytest.raises(HapError, match=says):
+        fill(rebuild(fresh("option-b"), describe(small, fresh("option-b"))), values)
