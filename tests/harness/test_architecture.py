@@ -9,7 +9,7 @@ import torch
 from cases import REAL, SMALL, build
 from torch import nn
 
-from hap import Budget, HapError, apply, couple, trace
+from hap import Budget, HapError, Plan, apply, couple, trace
 from hap.cost import params
 from hap.harness.architecture import describe, fill, rebuild, tensors
 from hap.harness.store import load_model, save_model
@@ -124,9 +124,26 @@ def test_layout_type_mode_and_frozen_parameters_come_back(tmp_path):
 
 
 def test_a_function_that_builds_channels_last_does_not_decide_the_layout(tmp_path):
-    small, _ = pruned("option-b")
-    save_model(small, fresh("option-b"), tmp_path)
-    assert same(small, load_model(tmp_path, lambda: fresh("option-b").to(memory_format=torch.channels_last).train()))
+    dense, _ = build(SMALL, "option-b")
+    save_model(dense, fresh("option-b"), tmp_path)
+    assert same(dense, load_model(tmp_path, lambda: fresh("option-b").to(memory_format=torch.channels_last).train()))
+
+
+def test_a_parameter_with_gaps_comes_back_without(tmp_path):
+    dense, example = build(SMALL, "option-b")
+    dense.linear.weight = nn.Parameter(torch.randn(10, 32)[:, ::2])
+    again = load_model(save_model(dense, fresh("option-b"), tmp_path), partial(fresh, "option-b"))
+    assert torch.equal(again.linear.weight, dense.linear.weight)
+    assert again.linear.weight.is_contiguous()
+    assert torch.allclose(again(example), dense(example))
+
+
+def test_a_block_that_was_taken_out_by_hand_stays_out(tmp_path):
+    dense, example = build(SMALL, "option-b")
+    dense.layer1 = nn.Identity()
+    again = load_model(save_model(dense, fresh("option-b"), tmp_path), partial(fresh, "option-b"))
+    assert same(dense, again)
+    assert torch.equal(again(example), dense(example))
 
 
 class Shared(nn.Module):
@@ -178,12 +195,14 @@ class Scaled(nn.Conv2d):
 
 def test_a_subclass_of_a_layer_stays_of_its_class(tmp_path):
     def net():
-        return nn.Sequential(Scaled(3, 6, 3, padding=1), nn.ReLU(), Scaled(6, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+        first, second = Scaled(3, 6, 3, padding=1, padding_mode="circular"), Scaled(6, 4, 3)
+        return nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.Linear(64, 2))
 
     torch.manual_seed(0)
     model, x = net().eval(), torch.randn(2, 3, 6, 6)
     groups = couple(model, trace(model, x), "union")
-    small = apply(model, groups, random_plan(groups, torch.Generator().manual_seed(0)), centre_tap)
+    small = apply(model, groups, Plan({"0": "#oo###", "2": "#-##", "4": "##"}), centre_tap)
+    assert [part.padding for part in small[0].parts] == [(1, 1), (0, 0)]
     again = load_model(save_model(small, net(), tmp_path), net)
     assert same(small, again)
     assert [type(m) for m in again.modules()] == [type(m) for m in small.modules()]
@@ -194,12 +213,16 @@ def low_rank(module, rows, inputs):
     """A stranger's implant: through half as many channels."""
     return nn.Sequential(
         nn.Conv2d(len(inputs.slots), 1, 1, bias=False),
+        nn.ReLU(),
         nn.Conv2d(1, len(rows), 1, stride=module.stride, bias=module.bias is not None),
     )
 
 
 def test_the_implant_of_a_stranger_comes_back_where_its_classes_are_known(tmp_path):
-    small, x = pruned("plain", "union", low_rank)
+    model, x = build(SMALL, "plain")
+    groups = couple(model, trace(model, x), "union")
+    small = apply(model, groups, Plan({"0": "#o-#", "3": "######", "6": "#" * 7, "8": "#" * 5}), low_rank)
+    assert isinstance(small[0].parts[1], nn.Sequential)
     again = load_model(save_model(small, fresh("plain"), tmp_path), partial(fresh, "plain"))
     assert same(small, again)
     assert torch.equal(again(x), small(x))
@@ -223,6 +246,9 @@ def test_what_is_more_than_surgery_is_refused_when_it_is_saved(tmp_path):
     more.register_buffer("extra", torch.zeros(3))
     says(more, fresh("plain"), r"extra: must follow from the modules, which make its shape None \(found \(3,\)\)")
     says(nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4), nn.ReLU()), "1: must be in the pruned model")
+    nested, _ = pruned("option-b", seed=3)
+    nested.layer2[0].conv2.parts[0] = copy.deepcopy(nested.layer2[0].conv2)
+    says(nested, fresh("option-b"), r"layer2\.0\.conv2\.parts\.0: must not be a Patch within another module")
     norm = nn.Sequential(nn.LayerNorm(3))
     says(norm, nn.Sequential(nn.LayerNorm(4)), r"0.bias: must follow .* shape \(4,\) \(found \(3,\)\)")
 
@@ -280,6 +306,7 @@ HOSTILE = {
     "more rows than the original": ([PATCH, "width"], 9999, r"width: must be at most 8"),
     "more inputs than the original": ([PATCH, "given"], 9999, r"given: must be at most 8"),
     "more taken than given": ([PATCH, "take"], 9999, r"take: must be at most"),
+    "inputs that parts do not read": ([PATCH, "take"], 1, r"parts: must write .* rows and read 1 inputs"),
     "places that parts do not write": ([PATCH, "places"], 1, r"parts: must write 1 rows and read"),
     "another axis": ([PATCH, "axis"], -1, "along the axis of its channels"),
     "no axis": ([PATCH, "axis"], 0, "axis: Input should be 1 or -1"),
@@ -327,6 +354,16 @@ def test_a_hostile_flag_is_refused_by_rule(name):
     assert "\n" not in str(caught.value)
     with pytest.raises(HapError, match=f"{field}: is required"):
         rebuild(fresh("option-b"), {key: part for key, part in record.items() if key != field})
+
+
+def test_a_patch_in_the_place_of_what_is_no_layer_is_refused():
+    small, _ = pruned("option-b", "union", zero, 3)
+    record = describe(small, fresh("option-b"))
+    assert record["types"]["layer1.0.shortcut"] == "Identity"
+    with pytest.raises(HapError, match="must stand for a layer"):
+        rebuild(
+            fresh("option-b"), edited(record, "modules", "layer1.0.shortcut", to=record["modules"][PATCH] | {"axis": 1})
+        )
 
 
 def test_parts_within_parts_without_end_are_refused():
