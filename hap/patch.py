@@ -24,7 +24,7 @@ class Patch(nn.Module):
             input = self._taken(input)
         rows = [part(input) for part in self.parts]
         shape = list(rows[0].shape)
-        if self._beside(rows[0]):
+        if self._beside(input, *rows):  # of a single channel one cannot tell
             made = (torch.cat(rows, self.axis) if len(rows) > 1 else rows[0]).movedim(self.axis, -1)
             blank = made.new_zeros(*made.shape[:-1], self.width)
             return blank.scatter_(-1, self.places.expand_as(made), made).movedim(-1, self.axis)
@@ -39,9 +39,9 @@ class Patch(nn.Module):
         beside = input.movedim(self.axis, -1)
         return beside.gather(-1, self.take.expand(*beside.shape[:-1], -1)).movedim(-1, self.axis)
 
-    def _beside(self, x: Tensor) -> bool:
+    def _beside(self, *seen: Tensor) -> bool:
         """Whether the channels of a position lie side by side: channels_last, tokens; gather and scatter are fast.
 
         index_select is slow then and loses the format; but a compiler fuses it, and it is the Gather of ONNX.
         """
-        return x.stride(self.axis) == 1 and not torch.compiler.is_compiling()
+        return any(x.stride(self.axis) == 1 for x in seen) and not torch.compiler.is_compiling()
