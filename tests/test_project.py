@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from torch import nn
+from torchvision.models import resnet18
 
 from hap import CrossEntropy, couple, trace
 from hap.harness.run import run
 from hap.harness.spec import load_spec
+from hap.harness.store import load_model
 from hap.testing import check_groups, check_implant, check_score
 
 ROOT = Path(__file__).parents[1]
@@ -145,14 +148,31 @@ def test_the_workload_of_contributing_runs(written: Callable[[str, str], Any]) -
     assert made.cost["pruned"]["params"] < made.cost["dense"]["params"]
 
 
-def test_the_library_example_of_the_readme_runs(tmp_path: Path) -> None:
-    file = tmp_path / "own.py"
-    file.write_text(_block(README, "own.py"))
-    command = [sys.executable, file]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment(), timeout=120)
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which the last example of the README ran, which imports the one before, and what was printed."""
+    folder = tmp_path_factory.mktemp("kept")
+    for name in ("own.py", "keep.py"):
+        (folder / name).write_text(_block(README, name))
+    command = [sys.executable, "keep.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=_environment(), timeout=300)
     assert done.returncode == 0, done.stderr
-    before, after, _ = map(int, done.stdout.split())
+    return folder, done.stdout
+
+
+def test_the_library_example_of_the_readme_runs(kept: tuple[Path, str]) -> None:
+    before, after, _ = map(int, kept[1].split("\n")[0].split())
     assert 0.49 < 1 - after / before < 0.51
+
+
+def test_what_the_readme_keeps_and_exports_is_the_same_model(kept: tuple[Path, str]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    small = load_model(kept[0] / "small", partial(resnet18, num_classes=10))
+    session = onnxruntime.InferenceSession(kept[0] / "small.onnx", providers=["CPUExecutionProvider"])
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), small(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

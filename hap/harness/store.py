@@ -81,12 +81,13 @@ def evidence(spec: Spec, results: Path, cases: Sequence[str | None] | None = Non
     return {name: [load(file) for file in each if file.exists()] for name, each in files.items()}
 
 
-def save_model(model: nn.Module, original: nn.Module, folder: Path) -> Path:
+def save_model(model: nn.Module, original: nn.Module, folder: Path | str) -> Path:
     """Writes a pruned model as model.safetensors and model.json, and returns the folder.
 
     `original`: a fresh instance of the class, as the function will make it that is given to `load_model`. HapError
     where the model is more than surgery, and implants of known modules, make of it; or where it cannot be written.
     """
+    folder = Path(folder)
     record, weights = folder / "model.json", folder / "model.safetensors"
     try:
         architecture = describe(model, original)
@@ -105,11 +106,12 @@ def save_model(model: nn.Module, original: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def load_model(folder: Path, build: Callable[[], nn.Module]) -> nn.Module:
+def load_model(folder: Path | str, build: Callable[[], nn.Module]) -> nn.Module:
     """The model that `save_model` wrote, to the last bit, where `build` makes a fresh instance of the original class.
 
     HapError names the file, the rule and what was found where one is missing, damaged, or of another class.
     """
+    folder = Path(folder)
     record, weights = folder / "model.json", folder / "model.safetensors"
     table = _checked(record, lambda: _model_table(record.read_bytes()))
     values = _checked(weights, lambda: _weights(weights.read_bytes(), table["sha256"]))
