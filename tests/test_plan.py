@@ -40,7 +40,7 @@ def test_the_budget_is_met_by_the_last_group_and_not_before(key, unit, target, i
     except HapError as error:
         assert "at most" in str(error)  # noqa: PT017 (a budget that implants cannot meet)
         return
-    assert chosen.removed[unit] >= target
+    assert chosen.removed[unit] >= target - 1e-12  # 1 - 0.8 is less than 0.2
     fates = chosen.fates(groups)
     pruned = (fates != Fate.KEEP).nonzero()[:, 0]
     best = pruned[scores[pruned].argmax()]
@@ -201,7 +201,7 @@ def test_every_layer_keeps_a_multiple_or_all_and_the_budget_is_met(key, unit, ta
     except HapError as error:
         assert f"within layer_limit and multiples of {multiple}" in str(error)  # noqa: PT017 (they are too few)
         return
-    assert chosen.removed[unit] >= target
+    assert chosen.removed[unit] >= target - 1e-12  # 1 - 0.8 is less than 0.2
     for letters in ("#", "#o"):  # what is kept, and all that is left: so the implants are a multiple too
         for name, count in per_layer(chosen, letters).items():
             assert count % multiple == 0 or count == len(chosen.rows[name])
