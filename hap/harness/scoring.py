@@ -102,8 +102,9 @@ class Scoring:
     def _compared(self, groups: Groups, scores: Tensor, reference: Tensor) -> dict[str, float]:
         from scipy.stats import spearmanr
 
+        ranks = bool(scores.unique().numel() > 1 and reference.unique().numel() > 1)  # else nothing can correlate
         return {
-            "spearman": float(spearmanr(scores.cpu().numpy(), reference.cpu().numpy()).statistic),
+            "spearman": float(spearmanr(scores.cpu().numpy(), reference.cpu().numpy()).statistic) if ranks else 0.0,
             "overlap": agree(self._pruned(groups, scores), self._pruned(groups, reference)),
             "negative": float((scores < 0).sum()),
             "groups": float(len(groups)),

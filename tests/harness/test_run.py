@@ -69,6 +69,11 @@ def halve(task, groups, budget, *, rng, order: int = 1):
     return one_shot(partial(magnitude, order=order))(task, groups, budget, rng=rng)
 
 
+def flat(model, loss, batches, groups, *, rng):
+    """A score that says nothing."""
+    return torch.ones(len(groups))
+
+
 TASK = Ref(use=f"{__name__}:task")
 CASE = Case(
     name="hap",
@@ -365,3 +370,9 @@ def test_a_record_of_before_warnings_were_kept_reads(tmp_path, forgotten):
     assert table.pop("warnings") == []
     file.write_text(json.dumps(table))
     assert store.load(file).warnings == []
+
+
+def test_a_score_that_is_the_same_for_all_correlates_with_nothing():
+    made = run(changed(score=Ref(use=f"{__name__}:flat"), reference=CASE.score, finetune=None), 1)
+    assert made.metrics["ranking"]["spearman"] == 0
+    assert 0 <= made.metrics["ranking"]["overlap"] <= 1

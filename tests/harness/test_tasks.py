@@ -57,6 +57,16 @@ def test_weights_come_from_the_generator_alone():
         assert not all(torch.equal(first[name], value) for name, value in build(generator(4)).state_dict().items())
 
 
+def test_vgg16_starts_as_published():
+    """Kaiming by fan-in, biases of zero: without BatchNorm, logits by fan-out would be 60 times as small."""
+    model = vgg16(rng=generator(0))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            fan_in = module.weight[0].numel()
+            assert float(module.weight.detach().std()) == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
+            assert not module.bias.any()
+
+
 def test_the_preresnet_starts_as_published():
     model = preresnet(rng=generator(0))
     weight = model.layer3[1].conv2.weight
