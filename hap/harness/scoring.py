@@ -102,7 +102,7 @@ class Scoring:
     def _compared(self, groups: Groups, scores: Tensor, reference: Tensor) -> dict[str, float]:
         from scipy.stats import spearmanr
 
-        ranks = bool(scores.unique().numel() > 1 and reference.unique().numel() > 1)  # else nothing can correlate
+        ranks = bool((scores != scores[0]).any() and (reference != reference[0]).any())  # else nothing can correlate
         return {
             "spearman": float(spearmanr(scores.cpu().numpy(), reference.cpu().numpy()).statistic) if ranks else 0.0,
             "overlap": agree(self._pruned(groups, scores), self._pruned(groups, reference)),
