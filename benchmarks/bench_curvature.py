@@ -11,10 +11,8 @@ and data in a fresh process. `python benchmarks/bench_curvature.py --json FILE` 
 BENCH_SMOKE=1 with pytest, run few images for one round and hold no bar.
 """
 
-import argparse
 import ctypes
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from operator import truediv
 from pathlib import Path
 from statistics import median
 
+import command
 import pytest
 import torch
 from bench_tracing import resident, two_threads  # noqa: F401  # the fixture is for all tests here
@@ -222,26 +221,14 @@ def test_curvature_in_probes(benchmark, name, capsys):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETS)}; default all")
-    parser.add_argument("--json", type=Path, help="write the table there")
-    parser.add_argument("--smoke", action="store_true", help="few images, one round, no bars")
+    parser = command.options(__doc__, NETS)
     parser.add_argument("--peak", choices=PEAKS, help="print the bytes of this alone")
-    args, every = parser.parse_args(), []
+    args = parser.parse_args()
     torch.set_num_threads(2)
     if args.peak:
         print(peak(args.networks[0], args.peak, args.smoke))
         return
-    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ": unknown")
-    machine = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} CPUs{cpu.partition(':')[2]}"
-    about = {"machine": machine, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    for name in args.networks or NETS:
-        every.append(measure(name, args.smoke))
-        print(table(every[-1]), flush=True)
-        if args.json:  # what there is, should a later network fail
-            args.json.write_text(json.dumps(about | {"networks": every}, indent=1) + "\n")
-    if bad := [line for found in every for line in broken(found)]:
-        sys.exit("\n".join(["bars that do not hold:", *bad]))
+    command.run(args, NETS, measure, table, broken)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,14 @@ benchmarks/bench_inference.py --json FILE` does without pytest; `--smoke`, and B
 for one round and hold no bar.
 """
 
-import argparse
-import json
 import os
-import sys
 import time
 from collections import defaultdict
 from functools import partial
 from operator import truediv
-from pathlib import Path
 from statistics import median
 
+import command
 import pytest
 import torch
 
@@ -142,22 +139,9 @@ def test_inference_beside_macs(benchmark, name, capsys):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETS)}; default all")
-    parser.add_argument("--json", type=Path, help="write the table there")
-    parser.add_argument("--smoke", action="store_true", help="few images, one round, no bars")
-    args, every = parser.parse_args(), []
+    args = command.options(__doc__, NETS).parse_args()
     torch.set_num_threads(1)
-    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ": unknown")
-    machine = torch.cuda.get_device_name() if CUDA else f"one of {os.cpu_count()} CPUs{cpu.partition(':')[2]}"
-    about = {"machine": machine, "torch": torch.__version__, "load": os.getloadavg()}
-    for name in args.networks or NETS:
-        every.append(measure(name, args.smoke))
-        print(table(every[-1]), flush=True)
-        if args.json:  # what there is, should a later network fail
-            args.json.write_text(json.dumps(about | {"networks": every}, indent=1) + "\n")
-    if bad := [line for found in every for line in broken(found)]:
-        sys.exit("\n".join(["bars that do not hold:", *bad]))
+    command.run(args, NETS, measure, table, broken)
 
 
 if __name__ == "__main__":

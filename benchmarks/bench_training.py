@@ -11,17 +11,14 @@ benchmarks/bench_training.py --json FILE` does without pytest; `--smoke`, and BE
 of few images and hold no bar. `--compile` adds the compiled loop on a CPU too, where it takes minutes to compile.
 """
 
-import argparse
-import json
 import os
-import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from statistics import median
 
+import command
 import numpy as np
 import pytest
 import torch
@@ -163,21 +160,11 @@ def test_training_beside_the_published_loop(benchmark, name, capsys):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETS)}; default all")
-    parser.add_argument("--json", type=Path, help="write the table there")
-    parser.add_argument("--smoke", action="store_true", help="few images, no bars")
+    parser = command.options(__doc__, NETS)
     parser.add_argument("--compile", action="store_true", help="the compiled loop on a CPU too")
-    args, every = parser.parse_args(), []
+    args = parser.parse_args()
     torch.set_num_threads(2)
-    for name in args.networks or NETS:
-        every.append(measure(name, args.smoke, CUDA or args.compile))
-        print(table(every[-1]), flush=True)
-        if args.json:  # what there is, should a later network fail
-            about = {"device": torch.cuda.get_device_name() if CUDA else "cpu", "torch": torch.__version__}
-            args.json.write_text(json.dumps(about | {"threads": torch.get_num_threads(), "networks": every}, indent=1))
-    if bad := [line for found in every for line in broken(found)]:
-        sys.exit("\n".join(["bars that do not hold:", *bad]))
+    command.run(args, NETS, partial(measure, compiled=CUDA or args.compile), table, broken)
 
 
 if __name__ == "__main__":
