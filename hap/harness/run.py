@@ -112,7 +112,10 @@ def one_shot(score: Callable[..., Any], implant: Any = None, clock: "Clock | Non
 def examine(
     task: Task, dense: dict[str, float], pruned: nn.Module, before: State, curve: Curve
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
-    """The stages and the epochs on the test set, which is looked at here and nowhere else, after all is decided."""
+    """The stages and the epochs on the test set, which is looked at after all is decided, and nowhere else by us.
+
+    A faithful task may have selected its dense model on it, as published (`keep = "best_test"`), and says so.
+    """
     one, *tested = [task.evaluate(_restored(pruned, state), "test") for state in (before, *curve.states())]
     metrics = {"dense": dense, "one_shot": one, "selected": one, "last": one, "best_test_epoch": one}
     if tested:

@@ -83,12 +83,14 @@ def fit(
         trainer = _Trainer(model, task, recipe, rng, say)
         keeper = None if keep is None else Keeper(keep, trainer.identity(snapshots), snapshots)
         states = trainer.resume(keeper)
+        point = trainer.point()
         for epoch in range(len(trainer.rows), recipe.epochs + recipe.stabilise):
-            trainer.epoch(epoch)
+            trainer.epoch(epoch, point)
+            point = trainer.point()
             if keeper is not None:
-                keeper.save(trainer.point())
+                keeper.save(point)
             if snapshots:
-                states.append(partial(keeper.model, epoch + 1) if keeper is not None else snapshot(model))
+                states.append(partial(keeper.model, epoch + 1) if keeper is not None else point.model)
     return Curve(trainer.rows, states, trainer.step.notes)
 
 
@@ -109,9 +111,9 @@ class _Trainer:
         chosen = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay, "nesterov": recipe.nesterov}
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=recipe.lr, fused=True, **chosen)  # type: ignore[arg-type]
 
-    def epoch(self, number: int) -> None:
-        """One epoch; again with smaller micro-batches where memory runs out, told once."""
-        start, before, told = time.perf_counter(), self.point(), len(self.step.notes)
+    def epoch(self, number: int, before: Point) -> None:
+        """One epoch; again from `before` with smaller micro-batches where memory runs out, told once."""
+        start, told = time.perf_counter(), len(self.step.notes)
         while True:
             try:
                 loss, lr = self._pass(number) if number < self.recipe.epochs else self._stabilise()

@@ -237,9 +237,9 @@ def test_sigkill_in_the_middle_of_an_epoch_loses_that_epoch_alone(tmp_path):
     """)
     )
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, script, tmp_path / "kept"], env={**os.environ, "PYTHONPATH": path}, capture_output=True
-    )
+    # the number of threads decides how sums round, so a training names it: the other process must have as many
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, script, tmp_path / "kept"], env=env, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     found = go(tmp_path / "kept")
     assert "goes on after epoch 3 of 6" in found[2]
