@@ -11,6 +11,8 @@ References, cited as [key] in the docstrings:
 [Goodfellow15] Goodfellow. Efficient per-example gradient computations. arXiv 1510.01799, 2015.
 [Li17]         Li, Kadav, Durdanovic, Samet, Graf. Pruning Filters for Efficient ConvNets. ICLR 2017.
 [Hinton15]     Hinton, Vinyals, Dean. Distilling the Knowledge in a Neural Network. arXiv 1503.02531, 2015.
+[Izenman75]    Izenman. Reduced-rank regression for the multivariate linear model. J. Multivariate Analysis 5, 1975.
+[Michel19]     Michel, Levy, Neubig. Are Sixteen Heads Really Better than One? NeurIPS 2019.
 [Molchanov19]  Molchanov, Mallya, Tyree, Frosio, Kautz. Importance Estimation for Neural Network Pruning. CVPR 2019.
 
 Names are resolved on first use, so that importing `hap` costs nothing and `hap --help` need not wait for torch.
@@ -33,7 +35,8 @@ _HOMES = {
     "tally": "Curvature",
     "probes": "hutchinson",
     "curvature": "exact",
-    "plan": "Budget Fate Plan",
+    "budget": "Budget",
+    "plan": "Fate Plan",
     "surgery": "apply mask",
     "implants": "merge",
 }

@@ -41,7 +41,7 @@ def exact(
     columns: int | None = None,
     share: float | None = None,
     rng: torch.Generator | None = None,
-    of: Literal["weights", "parameters"] = "weights",
+    of: Literal["weights", "parameters"] | Sequence[str] = "weights",
     per: Per = "weight",
     unknown: int | None = None,
     autocast: torch.dtype | None = None,
@@ -51,13 +51,15 @@ def exact(
 
     `columns`: None for the whole sum over classes; k for the k likeliest classes of each sample and one drawn from
     the rest by `rng`. `share` instead: as many that the drawn part should be at most this share of the trace (a
-    warning where it is not). `of`: "parameters" adds biases, and scale and shift of BatchNorm and LayerNorm. `per`:
-    "row" gives the sum over each row, which is all a group needs and cheaper. `unknown`: how many probes of
-    `hutchinson` to spend on the parameters of modules that are not known here; None refuses such modules.
-    `autocast`: the dtype of the passes; sums are in float32 at least. `memory`: bytes that one pass may hold, which
-    sets how many samples it has. The model runs in eval mode and is left as it was found.
+    warning where it is not). `of`: "parameters" adds biases, and scale and shift of BatchNorm and LayerNorm; or the
+    names of parameters. `per`: "row" gives the sum over each row, which is cheaper, and all that a group without
+    columns needs. `unknown`: how many probes of `hutchinson` to spend on the parameters of modules that are not known
+    here; None refuses such modules. `autocast`: the dtype of the passes; sums are in float32 at least. `memory`: bytes
+    that one pass may hold, which sets how many samples it has. The model runs in eval mode and is left as it was found.
     """
     _check(columns, share, rng, memory)
+    if per == "row" and groups is not None and groups.slot_group is not None:
+        raise HapError("exact: per='weight' expected for groups that have columns, found 'row'")
     layers, strange = _sort(model, of, unknown)
     if strange and rng is None:
         raise HapError(f"exact: a generator expected for the probes of {strange[0]}, found None")
@@ -160,16 +162,20 @@ def _check(columns: int | None, share: float | None, rng: torch.Generator | None
         raise HapError(f"exact: a memory of at least 1 byte expected, found {memory}")
 
 
-def _sort(model: nn.Module, of: str, unknown: int | None) -> tuple[dict[str, list[str]], list[str]]:
+def _sort(model: nn.Module, of: str | Sequence[str], unknown: int | None) -> tuple[dict[str, list[str]], list[str]]:
     """The layers that are known and which of their parameters are wanted; the parameters of all others."""
-    if of not in ("weights", "parameters"):
-        raise HapError(f"exact: of 'weights' or 'parameters' expected, found {of!r}")
+    if isinstance(of, str) and of not in ("weights", "parameters"):
+        raise HapError(f"exact: of 'weights', 'parameters' or a list of names expected, found {of!r}")
+    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    named = there if isinstance(of, str) else {*of}
+    if absent := named - there:
+        raise HapError(f"exact: no parameter {min(absent)} in {type(model).__name__}")
     layers, strange = dict[str, list[str]](), list[str]()
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise HapError(f"curvature: {name} takes the statistics of the batch, which couples its samples")
-        own = list(dict(module.named_parameters(recurse=False)))
-        own = own if of == "parameters" else ["weight"] if is_mixing(module) else []
+        own = [key for key in dict(module.named_parameters(recurse=False)) if name_of(name, key) in named]
+        own = own if of != "weights" else ["weight"] if is_mixing(module) else []
         if own and is_known(module):
             layers[name] = own
         elif own and unknown is None:

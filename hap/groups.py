@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from hap import HapError
-from hap.layers import is_mixing, starts
+from hap.layers import is_mixing, starts, weight_of
 from hap.tracing import Feeds
 
 
@@ -35,6 +35,7 @@ class Shape(NamedTuple):
     extras: int  # numbers a row has besides: bias; scale and shift
     positions: int
     implantable: bool
+    linear: bool  # which may lose all of its rows
 
     @property
     def rows_at(self) -> slice:
@@ -63,6 +64,7 @@ class Groups:
     row_group: Int[Tensor, "rows"]  # the group of each row; -1 where it is frozen, or not of a mixing module
     params: int  # of the whole model
     _count: int
+    slot_group: Int[Tensor, "slots"] | None = None  # the group that each slot belongs to as well, of heads; -1: none
 
     def __len__(self) -> int:
         """How many groups there are."""
@@ -71,8 +73,9 @@ class Groups:
     def reduce(self, values: Mapping[str, Tensor]) -> Float[Tensor, "groups"]:
         """Sum per group of an elementwise quantity, given by parameter name, over the rows of the group.
 
-        Parameters that are missing count as zero; those that belong to no group are left out. The sum is on the
-        device of the values, which are not waited for.
+        Over the columns too where slots belong to groups, which takes whole weights. Parameters that are missing count
+        as zero; those that belong to no group are left out. The sum is on the device of the values, which are not
+        waited for.
         """
         dtype = reduce(torch.promote_types, (value.dtype for value in values.values()), torch.float32)
         total = torch.zeros(len(self), dtype=dtype, device=next((value.device for value in values.values()), None))
@@ -84,7 +87,23 @@ class Groups:
             rows = (of >= 0).nonzero()[:, 0]
             sums = value.detach().reshape(shape.rows, -1).sum(1).to(total)
             total.index_add_(0, of[rows].to(total.device), sums[rows.to(total.device)])
+            reads = of[:0] if self.slot_group is None else self.slot_group[shape.slots_at]
+            if shape.conv_groups == 1 and bool((reads >= 0).any()):  # else the rows hold the columns
+                columns = (reads >= 0).nonzero()[:, 0]
+                # a weight in a row and in a column of one group counts once
+                other = (of[:, None] != reads[columns]).to(total.device)
+                whole = (
+                    value.detach().reshape(shape.rows, shape.slots, -1).sum(2).to(total)[:, columns.to(other.device)]
+                )
+                total.index_add_(0, reads[columns].to(other.device), (whole * other).sum(0))
         return total
+
+    def weights(self) -> list[str]:
+        """The names of the weights that hold rows or columns of a group."""
+        held = {n: self.row_group[s.rows_at] for n, s in self.shapes.items() if s.mixing}
+        if self.slot_group is not None:
+            held = {n: torch.cat([of, self.slot_group[self.shapes[n].slots_at]]) for n, of in held.items()}
+        return [weight_of(name) for name, of in held.items() if bool((of >= 0).any())]
 
     def gone(self, dropped: Bool[Tensor, "groups"]) -> Gone:
         """The rows and slots that go when the groups in `dropped` do."""
@@ -126,7 +145,7 @@ def couple(model: nn.Module, feeds: Feeds, how: Literal["tied", "union"] = "tied
     unfed = torch.ones_like(feeds.frozen_slots).index_fill_(0, feeds.edges[1], False)
     fixed, tying = feeds.frozen_slots.clone(), torch.ones_like(unfed)
     if how == "union":
-        tying = _upstream_of(feeds, twins, _ambiguous(feeds).index_fill_(0, grouped[1], True))
+        tying = _upstream_of(feeds, twins, ambiguous(feeds).index_fill_(0, grouped[1], True))
         fixed |= unfed & tying
         fixed = _upstream_of(feeds, twins, fixed)
     else:
@@ -166,7 +185,7 @@ def _number(model: nn.Module, feeds: Feeds, shapes: dict[str, Shape], label: Ten
     return Groups(feeds, shapes, row_group, params, len(roots))
 
 
-def _ambiguous(feeds: Feeds) -> Bool[Tensor, "slots"]:
+def ambiguous(feeds: Feeds) -> Bool[Tensor, "slots"]:
     """Slots that several rows of one module feed: an output of a head is fed by all queries of the head."""
     module = torch.repeat_interleave(torch.arange(len(feeds.rows)), torch.tensor(feeds.rows, dtype=torch.long))
     row, slot = feeds.edges
@@ -194,7 +213,7 @@ def _shapes(model: nn.Module, feeds: Feeds) -> dict[str, Shape]:
         kernel = weight * conv_groups // (feeds.rows[i] * feeds.slots[i]) if mixing else 0
         shapes[name] = Shape(
             rows[i], feeds.rows[i], slots[i], feeds.slots[i], mixing, conv_groups, kernel,
-            sum(own.values()) // feeds.rows[i], feeds.positions[i], implantable(module),
+            sum(own.values()) // feeds.rows[i], feeds.positions[i], implantable(module), isinstance(module, nn.Linear),
         )  # fmt: skip
     return shapes
 

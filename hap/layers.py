@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -93,6 +94,13 @@ def widths(module: nn.Module) -> tuple[int, int]:
         return module.out_channels, module.in_channels
     assert isinstance(module, _BatchNorm | _InstanceNorm)
     return module.num_features, module.num_features
+
+
+def positions(module: nn.Module, t: Tensor) -> Float[Tensor, "batch rows positions"]:
+    """What a module wrote, or the gradient of it, by row and position."""
+    if isinstance(module, nn.LayerNorm):
+        return t.reshape(len(t), -1, module.weight.numel()).mT
+    return t.reshape(len(t), -1, t.shape[-1]).mT if isinstance(module, nn.Linear) else t.reshape(*t.shape[:2], -1)
 
 
 def starts(counts: tuple[int, ...]) -> list[int]:

@@ -1,6 +1,6 @@
 """A model made ready for derivatives: eval mode, only the wanted parameters differentiable, its layers watched."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from hap import HapError
-from hap.layers import evaluating, first_tensor, is_mixing, weight_of
+from hap.layers import Call, evaluating, first_tensor, is_mixing, weight_of
 from hap.losses import Batches, Loss
 from hap.persample import even
 
@@ -63,6 +63,32 @@ def see(
     handles = [m.register_forward_hook(partial(keep, name), with_kwargs=True) for name, m in layers.items()]
     try:
         return loss.call(model, inputs), seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tracked(model: nn.Module, call: Call, inputs: Any, layers: Collection[str]) -> tuple[Any, dict[str, Tensor]]:
+    """The outputs, and what each layer read, as part of autograd's record: derivatives by it can be taken.
+
+    No parameter is differentiable inside. A layer that is called twice is refused by name.
+    """
+    reads: dict[str, Tensor] = {}
+
+    def keep(name: str, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if name in reads:
+            raise HapError(f"{name} is called twice in one pass, so what it reads is not one tensor")
+        found = first_tensor(args, kwargs)
+        # what comes from an earlier layer stays as it is, so that derivatives pass through it
+        reads[name] = found if found.requires_grad else found.detach().requires_grad_()
+        return (reads[name],), {}
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name in layers
+    ]
+    try:
+        with measuring(model, ()):
+            return call(model, inputs), reads
     finally:
         for handle in handles:
             handle.remove()

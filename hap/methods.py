@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from hap import HapError
 from hap.curvature import exact
 from hap.groups import Groups
-from hap.layers import weight_of
+from hap.heads import slot_groups
+from hap.layers import axis, evaluating, weight_of
 from hap.losses import Batches, Loss
-from hap.measuring import measuring
+from hap.masking import silence
+from hap.measuring import measuring, tracked
 from hap.probes import hutchinson
 from hap.tally import Curvature
 
@@ -50,11 +52,14 @@ def hessian_trace(
     and no 1/2, which changes no ranking.
     """
     scale = groups.reduce(_weights(model, groups, lambda w: w.square())).cpu() / (2 * _size(model, groups))
+    # of heads the weights are few among all, and their columns count; of channels all are measured
+    names, per = (None, "row") if groups.slot_group is None else (groups.weights(), "weight")
     if curvature == "exact":
-        found = exact(model, loss, batches, groups, columns=columns, share=share, rng=rng, per="row")
+        how: dict[str, Any] = {"columns": columns, "share": share, "of": names or "weights", "per": per}
+        found = exact(model, loss, batches, groups, rng=rng, **how)
     elif curvature == "hutchinson":
         until = _agreeing(scale, pruned, confidence)
-        found = hutchinson(model, loss, batches, groups, probes=probes, rng=rng, block=block, until=until)
+        found = hutchinson(model, loss, batches, groups, probes=probes, rng=rng, names=names, block=block, until=until)
     else:
         raise HapError(f"hessian_trace: curvature 'exact' or 'hutchinson' expected, found {curvature!r}")
     assert found.trace is not None
@@ -115,6 +120,64 @@ def taylor(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rn
     return torch.stack(scores).mean(0).cpu()
 
 
+def michel(
+    model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator, normalise: bool = True
+) -> Scores:
+    """The gradient of the loss by a head's gate, in absolute value: mean over positions of |<c, dL/dc>| [Michel19].
+
+    c is what the head writes at a position, before the output projection. With `normalise`, divided by the root of the
+    sum of squares over the heads of a layer. The mean is over the positions that the loss depends on at all.
+    # upstream: divides by the number of tokens, and in the last layer by that of sentences, of which one token counts:
+    the same positions. # upstream: of the mean loss of a batch, where samples of a smaller batch weigh more.
+    """
+    of, total, count = slot_groups(groups), torch.zeros(len(groups)), torch.zeros(len(groups))
+    readers = {
+        name: of[s.slots_at] for name, s in groups.shapes.items() if s.mixing and bool((of[s.slots_at] >= 0).any())
+    }
+    for inputs, targets in batches:
+        outputs, reads = tracked(model, loss.call, inputs, readers)
+        slopes = torch.autograd.grad(loss.total(outputs, targets), list(reads.values()), materialize_grads=True)
+        for (name, c), slope in zip(reads.items(), slopes, strict=True):
+            along, group = axis(model.get_submodule(name)), readers[name]
+            effect = (c * slope).detach().movedim(along, -1).flatten(0, -2)[:, group >= 0]
+            by_group = effect.new_zeros(len(effect), len(groups))
+            by_group.index_add_(1, group[group >= 0].to(effect.device), effect)
+            total += by_group.abs().sum(0).cpu()
+            reached = (slope.movedim(along, -1).flatten(0, -2) != 0).any(1).sum().cpu()
+            count[torch.unique(group[group >= 0])] += reached
+    if not count.any():
+        raise HapError("michel: calibration batches expected, and a group that is read alone, found none")
+    scores = total / count.clamp_min(1)
+    for group in readers.values() if normalise else ():
+        mine = torch.unique(group[group >= 0])
+        scores[mine] /= scores[mine].norm() + 1e-20
+    return scores
+
+
+def ablation(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator) -> Scores:
+    """The loss that removing each group alone adds, measured: what the other scores estimate [Michel19, sec. 3.2]."""
+    batches = list(batches)
+    if not batches:
+        raise HapError("ablation: calibration batches expected, found none")
+
+    def measured() -> Tensor:
+        pairs = [(loss.total(loss.call(model, x), y).double(), loss.mass(y).double()) for x, y in batches]
+        total, mass = (torch.stack(each).sum() for each in zip(*pairs, strict=True))
+        return total / mass
+
+    scores = []
+    with torch.no_grad(), evaluating(model):
+        dense = measured()
+        for group in range(len(groups)):
+            handles = silence(model, groups, groups.gone(torch.arange(len(groups)) == group))
+            try:
+                scores.append(measured() - dense)
+            finally:
+                for handle in handles:
+                    handle.remove()
+    return torch.stack(scores).float().cpu()
+
+
 def random(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator) -> Scores:
     """A score without information: the floor every method must beat."""
     return torch.rand(len(groups), generator=rng)
@@ -141,6 +204,7 @@ def uniform(
 def _weights(model: nn.Module, groups: Groups, function: Any) -> dict[str, Tensor]:
     """A function of each weight that the groups are made of, by parameter name."""
     names = [weight_of(name) for name, shape in groups.shapes.items() if shape.mixing]
+    names = names if groups.slot_group is None else groups.weights()
     return {name: function(model.get_parameter(name).detach()) for name in names}
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from hap.layers import positions as positions
+
 BYTES = 2**24  # of what is formed per sample at a time: it should stay in the cache
 MIXING = (nn.Linear, nn.Conv1d, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm)
@@ -32,6 +34,7 @@ class Squares(NamedTuple):
     total: Tensor  # of the parameter's shape, or one a row
     last: Float[Tensor, "batch rows"] | None = None  # of the last column, summed over each row
     last_squared: Tensor | None = None  # of the last column, squared once more and summed over samples
+    across: Tensor | None = None  # of the last column of a weight, [batch, cols]: summed over its rows
 
 
 def squared_gradients(
@@ -169,12 +172,14 @@ def _one_position(u2: Tensor, g2: Tensor, per: Per, drawn: bool) -> Squares:
     total = torch.einsum("ngo,ngi->goi", g2.sum(2), u2)
     if not drawn:
         return Squares(total)
-    return Squares(total, last, torch.einsum("ngo,ngi->goi", g2[:, :, -1].square(), u2.square()))
+    across = (g2[:, :, -1].sum(-1, keepdim=True) * u2).flatten(1)
+    return Squares(total, last, torch.einsum("ngo,ngi->goi", g2[:, :, -1].square(), u2.square()), across)
 
 
 def _weights(d2: Float[Tensor, "batch columns groups rows cols"], drawn: bool) -> Squares:
     last = d2[:, -1]
-    return Squares(d2.sum((0, 1)), *((last.sum(-1).flatten(1), last.square().sum(0)) if drawn else ()))
+    sums = (last.sum(-1).flatten(1), last.square().sum(0), last.sum(-2).flatten(1)) if drawn else ()
+    return Squares(d2.sum((0, 1)), *sums)
 
 
 def _rows(d2: Float[Tensor, "batch columns groups rows"], drawn: bool) -> Squares:
@@ -190,22 +195,16 @@ def _shaped(parameter: Tensor, squares: Squares, natural: bool = False) -> Squar
             return t.reshape(parameter.shape)
         return t.reshape(len(parameter), *parameter.shape[2:], parameter.shape[1]).movedim(-1, 1)
 
-    squared = squares.last_squared
-    return Squares(shaped(squares.total), squares.last, squared if squared is None else shaped(squared))
+    squared = None if squares.last_squared is None else shaped(squares.last_squared)
+    return squares._replace(total=shaped(squares.total), last_squared=squared)
 
 
 def _join(parts: list[Squares]) -> Squares:
-    total, last, squared = zip(*parts, strict=True)
+    total, last, squared, across = zip(*parts, strict=True)
     if last[0] is None:
         return Squares(sum(total[1:], total[0]))
-    return Squares(sum(total[1:], total[0]), torch.cat(last), sum(squared[1:], squared[0]))
-
-
-def positions(module: nn.Module, t: Tensor) -> Float[Tensor, "batch rows positions"]:
-    """What a module wrote, or the gradient of it, by row and position."""
-    if isinstance(module, nn.LayerNorm):
-        return t.reshape(len(t), -1, module.weight.numel()).mT
-    return t.reshape(len(t), -1, t.shape[-1]).mT if isinstance(module, nn.Linear) else t.reshape(*t.shape[:2], -1)
+    whole = None if across[0] is None else torch.cat(across)
+    return Squares(sum(total[1:], total[0]), torch.cat(last), sum(squared[1:], squared[0]), whole)
 
 
 def _kernel(module: nn.Module) -> int:

@@ -9,11 +9,13 @@ from math import floor
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hap import HapError
+from hap.budget import Budget as Budget
 from hap.groups import Groups
+from hap.heads import around
 
 
 class Fate(IntEnum):
@@ -25,48 +27,6 @@ class Fate(IntEnum):
 
 
 LETTER = {Fate.DROP: "-", Fate.IMPLANT: "o", Fate.KEEP: "#"}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much to remove: a fraction of the groups, the parameters or the MACs, exactly one of them.
-
-    `implant`: the share of the pruned groups, those of highest score, that become implants ([HAP-code]: ni_ratio).
-    `layer_limit`: the largest fraction of a layer's rows that may be pruned; one row always stays. `multiple`: channels
-    kept per layer are rounded up to a multiple of this, so that kernels are full; groups of highest score come back.
-    """
-
-    params: float | None = None
-    macs: float | None = None
-    groups: float | None = None
-    implant: float = 0.0
-    layer_limit: float = 0.95
-    multiple: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse a budget that no plan can meet."""
-        given = {k: v for k in ("params", "macs", "groups") if (v := getattr(self, k)) is not None}
-        if len(given) != 1:
-            raise HapError(f"budget: exactly one of params, macs, groups expected, found {sorted(given) or 'none'}")
-        if not 0 < self.target < 1:
-            raise HapError(f"budget.{self.unit}: a fraction between 0 and 1 to remove expected, found {self.target}")
-        for name, rule, holds in (
-            ("implant", "a share of at least 0 and below 1", 0 <= self.implant < 1),
-            ("layer_limit", "a fraction above 0 and at most 1", 0 < self.layer_limit <= 1),
-            ("multiple", "a number of at least 1", self.multiple is None or self.multiple >= 1),
-        ):
-            if not holds:
-                raise HapError(f"budget.{name}: {rule} expected, found {getattr(self, name)}")
-
-    @property
-    def unit(self) -> str:
-        """What is counted: params, macs or groups."""
-        return next(k for k in ("params", "macs", "groups") if getattr(self, k) is not None)
-
-    @property
-    def target(self) -> float:
-        """The fraction of it to remove."""
-        return float(getattr(self, self.unit))
 
 
 class Cost(NamedTuple):
@@ -90,7 +50,8 @@ class Plan:
         """The plan that gives each group its fate."""
         letters = [LETTER[Fate(fate)] for fate in by_row(groups, fates).tolist()]
         rows = {n: "".join(letters[s.rows_at]) for n, s in groups.shapes.items() if s.mixing}
-        whole, left = cost(groups, torch.full_like(fates, int(Fate.KEEP))), cost(groups, fates)
+        rank = (budget or {}).get("rank")
+        whole, left = cost(groups, torch.full_like(fates, int(Fate.KEEP))), cost(groups, fates, rank)
         removed = {k: 1 - getattr(left, k) / max(1, getattr(whole, k)) for k in Cost._fields}
         return Plan(rows, removed, budget or {})
 
@@ -109,6 +70,11 @@ class Plan:
         if not torch.equal(by_row(groups, fates), fate):
             raise HapError("plan: rows that must share a fate do not, or a frozen row is pruned")
         return fates
+
+    @property
+    def rank(self) -> int | None:
+        """Of the maps that stand in for implanted heads; None where implants are pointwise convolutions."""
+        return self.budget.get("rank")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict, one line a module, so that two plans can be compared by eye."""
@@ -140,7 +106,11 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
     if not bool(scores.isfinite().all()):
         raise HapError(f"scores: finite numbers expected, found {int((~scores.isfinite()).sum())} that are not")
     order, ends = _order(groups, scores, budget)
-    whole = getattr(cost(groups, torch.full((len(groups),), int(Fate.KEEP))), budget.unit)
+    unit = "params" if budget.unit == "prunable" else budget.unit
+    whole, least = (
+        getattr(cost(groups, torch.full((len(groups),), int(fate))), unit) for fate in (Fate.KEEP, Fate.DROP)
+    )
+    whole -= least if budget.unit == "prunable" else 0
 
     def fates(pruned: int) -> Int[Tensor, "groups"]:
         found = torch.full((len(groups),), int(Fate.KEEP))
@@ -149,7 +119,7 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
         return found
 
     def removed(pruned: int) -> float:
-        left = getattr(cost(groups, fates(pruned)), budget.unit)
+        left = getattr(cost(groups, fates(pruned), budget.rank), unit) - (least if budget.unit == "prunable" else 0)
         return 1 - float(left / whole) + 1e-12 if whole else 0.0  # 1 - 0.9 is less than 0.1
 
     if (most := removed(ends[-1])) < budget.target:
@@ -159,12 +129,26 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
     return Plan.of(groups, fates(pruned), {k: v for k, v in asdict(budget).items() if v is not None})
 
 
-def cost(groups: Groups, fates: Int[Tensor, "groups"]) -> Cost:
-    """What is left when each group meets its fate; a pointwise implant keeps one weight for each slot it reads."""
-    gone = groups.gone(fates == Fate.DROP)
+def dropped(groups: Groups, fates: Int[Tensor, "groups"], rank: int | None) -> Bool[Tensor, "groups"]:
+    """The groups whose rows go; with a rank those too that an implant stands in for, for it is beside the layers."""
+    if rank is not None and groups.slot_group is None:
+        raise HapError(f"plan: heads expected for implants of rank {rank}, found groups of rows; see hap.heads.heads")
+    return (fates != Fate.KEEP) if rank is not None else fates == Fate.DROP
+
+
+def cost(groups: Groups, fates: Int[Tensor, "groups"], rank: int | None = None) -> Cost:
+    """What is left when each group meets its fate.
+
+    A pointwise implant keeps one weight for each slot it reads; one of a head, with `rank`, that many for each slot
+    that the head reads and each row that its reader writes.
+    """
+    gone = groups.gone(dropped(groups, fates, rank))
     implant = by_row(groups, fates) == Fate.IMPLANT
-    params = groups.params
-    macs = 0
+    params, macs = groups.params, 0
+    for head in (fates == Fate.IMPLANT).nonzero()[:, 0].tolist() if rank else ():
+        source, reader = (groups.shapes[name] for name in around(groups, head))
+        weights = (rank or 0) * (source.slots + reader.rows)
+        params, macs = params + weights, macs + weights * reader.positions
     for s in groups.shapes.values():
         left, read = int((~gone.rows[s.rows_at]).sum()), int((~gone.slots[s.slots_at]).sum())
         small = int(implant[s.rows_at].sum()) if s.implantable else 0
@@ -191,7 +175,8 @@ def _order(groups: Groups, scores: Tensor, budget: Budget) -> tuple[list[int], l
     need: list[Counter[str]] = [Counter() for _ in range(len(groups) + 1)]  # rows by layer; the last: of no group
     left, room, waiting = Counter[str](), Counter[str](), defaultdict[str, list[int]](list)
     for layer, s in groups.shapes.items():
-        left[layer], room[layer] = s.rows, min(floor(budget.layer_limit * s.rows + 1e-9), s.rows - 1)
+        least = 0 if budget.layer_limit == 1 and s.linear else 1
+        left[layer], room[layer] = s.rows, min(floor(budget.layer_limit * s.rows + 1e-9), s.rows - least)
         for group in groups.row_group[s.rows_at].tolist():
             need[group][layer] += 1
 

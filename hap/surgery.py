@@ -13,10 +13,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from hap import HapError
-from hap.groups import Groups, components
+from hap.bridge import bridge
+from hap.groups import Gone, Groups, components
+from hap.heads import recount
 from hap.layers import Call, axis, evaluating, first_tensor, forward
+from hap.masking import silence
 from hap.patch import Patch
-from hap.plan import Fate, Plan, by_row
+from hap.plan import Fate, Plan, by_row, dropped
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Inputs:
     constant: bool  # whether a bias costs nothing: the layer has one, or a BatchNorm follows that takes it
 
 
-Implant = Callable[[nn.Module, Tensor, Inputs], nn.Module]
+# the dense layer and which of its rows; of heads the layer behind them and which of its slots
+Implant = Callable[[nn.Module, Tensor, Any], nn.Module]  # the last: Inputs, or of heads Passing
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -72,6 +76,11 @@ def apply(
             made = implant(model.get_submodule(name), cut.implanted, inputs)
             parts.append(_absorb(small, groups, cuts, name, made))
         replace(small, module, _patched(module, cut, parts, device).train(module.training))
+    recount(small, model, groups.feeds, {name: len(cut.kept) + len(cut.implanted) for name, cut in cuts.items()})
+    if plan.rank is not None:
+        if implant is None:
+            raise HapError("the plan has implants of heads, so apply() needs an implant, found none")
+        bridge(small, model, groups, plan, implant, batches, call)
     return small
 
 
@@ -79,17 +88,7 @@ def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     """A copy of the same size that computes what `apply` with zero implants computes: the oracle of the tests."""
     gone, implanted = _gone(groups, plan)
     masked = copy.deepcopy(model)
-    for name, s in groups.shapes.items():
-        module = masked.get_submodule(name)
-        idle = gone.rows[s.rows_at] | implanted[s.rows_at]
-        unread = gone.slots[s.slots_at]
-        if idle.any():
-            module.register_forward_hook(lambda m, _, y, idle=idle: _blank(y, idle, axis(m)))
-        if s.mixing and unread.any():
-            module.register_forward_pre_hook(
-                lambda m, args, kwargs, unread=unread: ((_blank(first_tensor(args, kwargs), unread, axis(m)),), {}),
-                with_kwargs=True,
-            )
+    silence(masked, groups, Gone(gone.rows | implanted, gone.slots))
     return masked
 
 
@@ -119,11 +118,11 @@ def resize(module: Layer, rows: Tensor, slots: Tensor) -> Layer:
     return module
 
 
-def _gone(groups: Groups, plan: Plan) -> tuple[Any, Tensor]:
+def _gone(groups: Groups, plan: Plan) -> tuple[Gone, Tensor]:
     fates = plan.fates(groups)
-    gone = groups.gone(fates == Fate.DROP)
+    gone = groups.gone(dropped(groups, fates, plan.rank))
     able = torch.cat([torch.full((s.rows,), s.implantable) for s in groups.shapes.values()])
-    return gone, (by_row(groups, fates) == Fate.IMPLANT) & able
+    return gone, (by_row(groups, fates) == Fate.IMPLANT) & able & ~gone.rows
 
 
 def _cuts(groups: Groups, plan: Plan) -> dict[str, Cut]:
@@ -191,12 +190,6 @@ def _inputs(model: nn.Module, groups: Groups, name: str, cut: Cut, batches: Iter
                 held.clear()
 
     return Inputs(seen, cut.slots, tracked or getattr(module, "bias", None) is not None)
-
-
-def _blank(x: Tensor, where: Tensor, feature: int) -> Tensor:
-    shape = [1] * x.dim()
-    shape[feature] = -1
-    return x.masked_fill(where.to(x.device).reshape(shape), 0.0)
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

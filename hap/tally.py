@@ -45,7 +45,7 @@ class Tally:
         self.mass, self.drawn, self.drawn2 = (torch.zeros((), dtype=torch.float64) for _ in range(3))
         self.samples, self.columns, self.widest = 0, 0, 0
         self.variance = torch.zeros(0 if groups is None else len(groups), dtype=torch.float64)
-        self.members = dict[str, tuple[Tensor, Tensor]]()  # of each layer: its grouped rows, and their groups
+        self.members = dict[str, tuple[Tensor, ...]]()  # of each layer: its grouped rows and columns, each with groups
 
     def begin(self, outputs: Tensor, mass: Tensor, columns: int, linear: bool) -> None:
         """Open a chunk of samples."""
@@ -67,8 +67,14 @@ class Tally:
         self.fourths[name] += squares.last_squared
         self.by_sample += squares.last.sum(1)
         if self.groups is not None and name == weight_of(layer):
-            rows, of = self._members(layer, squares.last.device)
+            rows, of, columns, read_by = self._members(layer, squares.last.device)
             self.by_group.index_add_(1, of, squares.last[:, rows].double())
+            if len(columns):
+                if squares.across is None:
+                    raise HapError(
+                        f"exact: all classes expected as columns where {layer} reads heads, found some drawn"
+                    )
+                self.by_group.index_add_(1, read_by, squares.across[:, columns].double())
 
     def end(self) -> None:
         """Close the chunk."""
@@ -99,13 +105,16 @@ class Tally:
             -(-self.columns // self.samples),
         )
 
-    def _members(self, layer: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _members(self, layer: str, device: torch.device) -> tuple[Tensor, ...]:
         if layer not in self.members:
             assert self.groups is not None
-            shape = self.groups.shapes.get(layer)  # None inside an opaque module
-            of = self.groups.row_group[shape.rows_at] if shape else torch.empty(0, dtype=torch.long)
-            rows = (of >= 0).nonzero()[:, 0]
-            self.members[layer] = rows.to(device), of[rows].to(device)
+            shape, of = self.groups.shapes.get(layer), self.groups.slot_group
+            none = torch.empty(0, dtype=torch.long)  # inside an opaque module
+            owners = (self.groups.row_group[shape.rows_at] if shape else none, none)
+            if shape and of is not None and shape.kernel == 1 and shape.conv_groups == 1:
+                owners = (owners[0], of[shape.slots_at])
+            held = [((each >= 0).nonzero()[:, 0], each[each >= 0]) for each in owners]
+            self.members[layer] = tuple(t.to(device) for pair in held for t in pair)
         return self.members[layer]
 
 

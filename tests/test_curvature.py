@@ -218,7 +218,7 @@ def test_a_module_with_parameters_of_its_own_is_refused_when_all_are_wanted(unch
     model, batch = case("attention")
     with pytest.raises(HapError, match=r"curvature:  \(Attention\) is not known"):
         exact(model, CrossEntropy(), [batch], of="parameters")
-    with pytest.raises(HapError, match="of 'weights' or 'parameters' expected, found 'biases'"):
+    with pytest.raises(HapError, match="of 'weights', 'parameters' or a list of names expected, found 'biases'"):
         exact(model, CrossEntropy(), [batch], of="biases")
 
 

@@ -1,0 +1,44 @@
+"""What surgery adds where implants stand in for heads: what one layer reads reaches another, around what lies between.
+
+Within a forward pass the `Lender` keeps what it reads, and the `Borrower` behind it takes that, once.
+"""
+
+from torch import Tensor, nn
+
+
+class Relay:
+    """The place between a Lender and its Borrower, named after the layer of the latter."""
+
+    def __init__(self, name: str) -> None:
+        """Nothing held yet."""
+        self.name = name
+        self.held: Tensor | None = None
+
+
+class Lender(nn.Module):
+    """A layer that leaves what it reads for a Borrower."""
+
+    def __init__(self, layer: nn.Module, relay: Relay) -> None:
+        """`relay`: that of the Borrower."""
+        super().__init__()
+        self.layer, self.relay = layer, relay
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the layer writes."""
+        self.relay.held = input
+        return self.layer(input)  # type: ignore[no-any-return]
+
+
+class Borrower(nn.Module):
+    """A layer to which an implant adds its part, made of what the Lender read in the same pass."""
+
+    def __init__(self, layer: nn.Module, implant: nn.Module, relay: Relay) -> None:
+        """`implant`: from what the Lender reads to what the layer writes, position by position."""
+        super().__init__()
+        self.layer, self.implant, self.relay = layer, implant, relay
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the layer writes, and the implant's part."""
+        lent, self.relay.held = self.relay.held, None
+        assert lent is not None, "the Lender of a Borrower is called first"
+        return self.layer(input) + self.implant(lent)  # type: ignore[no-any-return]
