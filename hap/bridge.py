@@ -18,7 +18,7 @@ from hap import HapError
 from hap.bypass import Borrower, Lender, Relay
 from hap.groups import Groups
 from hap.heads import Around, around
-from hap.layers import Call
+from hap.layers import Call, batched
 from hap.measuring import tracked
 from hap.plan import Fate, Plan
 
@@ -80,10 +80,11 @@ def _seen(model: nn.Module, layers: list[Around], batches: Iterable[Any], call: 
     names = list(dict.fromkeys(name for between in layers for name in between))
     for batch in batches:
         outputs, reads = tracked(model, call, batch, names)
-        leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        # no plain sum: that of probabilities depends on nothing
-        sums = [(leaf * torch.arange(1, leaf.shape[-1] + 1).to(leaf)).sum() for leaf in leaves]
-        total = torch.stack(sums).sum()
+        leaves = [leaf for leaf in tree_leaves(outputs) if batched(leaf) and leaf.requires_grad]
+        with torch.enable_grad():  # the caller may have turned it off
+            # no plain sum: that of probabilities depends on nothing
+            sums = [(leaf * torch.arange(1, leaf.shape[-1] + 1).to(leaf)).sum() for leaf in leaves]
+            total = torch.stack(sums).sum()
         behind = [reads[between.reader] for between in layers]
         slopes = torch.autograd.grad(total, behind, materialize_grads=True)
         for between, c, slope in zip(layers, behind, slopes, strict=True):

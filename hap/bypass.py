@@ -14,6 +14,10 @@ class Relay:
         self.name = name
         self.held: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without what a pass that was broken off has left: copies and files are of models, not of passes."""
+        return {"name": self.name, "held": None}
+
 
 class Lender(nn.Module):
     """A layer that leaves what it reads for a Borrower."""
@@ -21,7 +25,7 @@ class Lender(nn.Module):
     def __init__(self, layer: nn.Module, relay: Relay) -> None:
         """`relay`: that of the Borrower."""
         super().__init__()
-        self.layer, self.relay = layer, relay
+        self.layer, self.relay, self.training = layer, relay, layer.training
 
     def forward(self, input: Tensor) -> Tensor:
         """What the layer writes."""
@@ -35,7 +39,7 @@ class Borrower(nn.Module):
     def __init__(self, layer: nn.Module, implant: nn.Module, relay: Relay) -> None:
         """`implant`: from what the Lender reads to what the layer writes, position by position."""
         super().__init__()
-        self.layer, self.implant, self.relay = layer, implant, relay
+        self.layer, self.implant, self.relay, self.training = layer, implant, relay, layer.training
 
     def forward(self, input: Tensor) -> Tensor:
         """What the layer writes, and the implant's part."""

@@ -87,7 +87,8 @@ class Groups:
             rows = (of >= 0).nonzero()[:, 0]
             sums = value.detach().reshape(shape.rows, -1).sum(1).to(total)
             total.index_add_(0, of[rows].to(total.device), sums[rows.to(total.device)])
-            reads = of[:0] if self.slot_group is None else self.slot_group[shape.slots_at]
+            of_slots = None if name.endswith("bias") else self.slot_group
+            reads = of[:0] if of_slots is None else of_slots[shape.slots_at]
             if shape.conv_groups == 1 and bool((reads >= 0).any()):  # else the rows hold the columns
                 columns = (reads >= 0).nonzero()[:, 0]
                 # a weight in a row and in a column of one group counts once

@@ -10,10 +10,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from hap import HapError
+from hap.bypass import Lender
 from hap.groups import Groups, ambiguous
 from hap.layers import starts
 from hap.tracing import Feeds
@@ -40,13 +41,23 @@ def heads(groups: Groups) -> Groups:
     head's weights. Our choice: the head pruning of [Yu22] is not published. HapError where there is no head.
     """
     readers = slot_groups(groups)
-    joint = ambiguous(groups.feeds) & (readers >= 0)
-    of = torch.unique(readers[joint])
+    of = torch.unique(readers[_mixed(groups.feeds) & (readers >= 0)])
     if not len(of):
         raise HapError("heads: a model with attention expected, found no group whose rows act together")
     number = torch.full((len(groups) + 1,), -1)  # the last is what is in no group
     number[of] = torch.arange(len(of))
     return replace(groups, row_group=number[groups.row_group], slot_group=number[readers], _count=len(of))
+
+
+def _mixed(feeds: Feeds) -> Bool[Tensor, "slots"]:
+    """Slots that several rows of a module feed, one of them another slot of the same reader too.
+
+    As queries and keys do; the two halves of a gated linear unit feed one slot each.
+    """
+    row, slot = feeds.edges
+    reader = torch.repeat_interleave(torch.arange(len(feeds.slots)), torch.tensor(feeds.slots, dtype=torch.long))
+    _, which, count = torch.unique(row * len(feeds.slots) + reader[slot], return_inverse=True, return_counts=True)
+    return ambiguous(feeds) & torch.zeros_like(feeds.frozen_slots).index_fill_(0, slot[count[which] > 1], True)
 
 
 def around(groups: Groups, head: int) -> Around:
@@ -91,6 +102,8 @@ def recount(small: nn.Module, dense: nn.Module, feeds: Feeds, left: Mapping[str,
         if name not in left or not bool(joint[first:last].any()):
             continue
         parent = name.rpartition(".")[0]
+        if isinstance(dense.get_submodule(parent), Lender):  # in a model that was pruned before
+            parent = parent.rpartition(".")[0]
         for counter in COUNTERS:
             whole = getattr(dense.get_submodule(parent), counter, None)
             if isinstance(whole, int) and whole * left[name] % (last - first) == 0:

@@ -144,9 +144,12 @@ class _Moments:
         moments = self.gram / self.gram[d, d]
         centre = moments[d] * constant
         c = moments - torch.outer(centre, centre)
-        xx = c[:d, :d] + ridge * c[:d, :d].trace() / d * torch.eye(d, dtype=c.dtype)
+        # where x does not vary, as in a single position, there is nothing to solve
+        scale = (ridge * c[:d, :d].trace() + 1e-12 * moments[:d, :d].trace()) / d
+        xx = c[:d, :d] + scale.clamp_min(1e-300) * torch.eye(d, dtype=c.dtype)
         full = torch.linalg.solve(xx, c[:d, d + 1 :])
-        up = torch.linalg.eigh(full.T @ xx @ full).eigenvectors[:, full.shape[1] - rank :]
+        up = torch.linalg.eigh(full.T @ xx @ full).eigenvectors[:, max(0, full.shape[1] - rank) :]
+        up = nn.functional.pad(up, (0, rank - up.shape[1]))  # a rank beyond the width adds nothing
         down = (full @ up).T
         return down, up, centre[d + 1 :] - up @ (down @ centre[:d])
 

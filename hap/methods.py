@@ -134,9 +134,11 @@ def michel(
     readers = {
         name: of[s.slots_at] for name, s in groups.shapes.items() if s.mixing and bool((of[s.slots_at] >= 0).any())
     }
-    for inputs, targets in batches:
+    for inputs, targets in batches if readers else ():
         outputs, reads = tracked(model, loss.call, inputs, readers)
-        slopes = torch.autograd.grad(loss.total(outputs, targets), list(reads.values()), materialize_grads=True)
+        with torch.enable_grad():  # the caller may have turned it off
+            total_loss = loss.total(outputs, targets)
+        slopes = torch.autograd.grad(total_loss, list(reads.values()), materialize_grads=True)
         for (name, c), slope in zip(reads.items(), slopes, strict=True):
             along, group = axis(model.get_submodule(name)), readers[name]
             effect = (c * slope).detach().movedim(along, -1).flatten(0, -2)[:, group >= 0]

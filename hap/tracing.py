@@ -179,13 +179,14 @@ def _decode(taps: Taps, reach: Tensor, colour: list[int]) -> Tensor:
 
 
 def _row_by_row(taps: Taps, colour: list[int], reach: Tensor, unclear: Tensor) -> Iterator[Tensor]:
+    columns = {i: (reach[i] & unclear).nonzero()[:, 0] for i in colour}  # few of all slots
     for first in range(0, max((taps.rows[i] for i in colour), default=0), SAMPLES):
         rows = torch.arange(first, first + SAMPLES)
         writes = {i: rows[:, None] == torch.arange(taps.rows[i]) for i in colour}
-        nans = taps.send(len(rows), writes).nans & unclear
+        nans = taps.send(len(rows), writes).nans
         for i in colour:
-            sample, slot = (nans & reach[i]).nonzero(as_tuple=True)
-            yield torch.stack([rows[sample] + starts(taps.rows)[i], slot])
+            sample, slot = nans[:, columns[i]].nonzero(as_tuple=True)
+            yield torch.stack([rows[sample] + starts(taps.rows)[i], columns[i][slot]])
 
 
 def _assemble(taps: Taps, edges: Tensor, outside: Tensor, padded: Tensor) -> Feeds:

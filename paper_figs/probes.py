@@ -11,8 +11,9 @@ CAPTION = "Marks: mean over seeds. Bars: 95 % intervals (Student)."
 
 
 def draw(spec, runs, out_dir: Path) -> list[Path]:
-    """The figures of a spec whose cases have a reference, from its records; nothing for others."""
-    found = [(case, runs[name]) for name, case in spec.cases.items() if case.reference is not None and runs.get(name)]
+    """The figures of a spec whose cases have a reference, from its records; nothing for others, nor for heads."""
+    cases = [(name, case) for name, case in spec.cases.items() if case.reference is not None and case.prune == "all"]
+    found = [(case, runs[name]) for name, case in cases if runs.get(name)]
     files = []
     if lines := _by_probes(found):
         with style.figure(2, 5.5) as (made, axes):

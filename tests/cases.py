@@ -180,6 +180,67 @@ def tokens() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": keep}
 
 
+def sentences() -> dict[str, Tensor]:
+    """Three sentences of seven tokens and less; of special tokens RoBERTa's padding, 1, is nowhere."""
+    ids = torch.randint(5, 30, (3, 7), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": (torch.arange(7) < torch.tensor([[7], [4], [5]])).long()}
+
+
+HEADED = {  # with the names that query, key, value and output have in a layer; of fused ones one for all three
+    "bert": ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    "roberta": ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    "electra": ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    "distilbert": ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+    "vit": ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
+    "timm": ("attn.qkv", "attn.qkv", "attn.qkv", "attn.proj"),
+}
+
+
+def headed(
+    kind: str, attention: str = "eager", *, width: int = 16, heads: int = 4, labels: int = 3
+) -> tuple[nn.Module, Any]:
+    """A transformer of two layers in eval mode, its weights and biases far from their defaults, and an example.
+
+    `attention`: "eager" or "sdpa", plain products or the fused kernel.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = (width, heads, labels)
+        model = _timm(attention, *sizes) if kind == "timm" else _hub(kind, attention, *sizes)
+        for name, p in model.named_parameters():
+            is_scale = p.dim() == 1 and name.endswith("weight")
+            nn.init.uniform_(p, 0.5, 1.5) if is_scale else nn.init.normal_(p, std=0.3)
+    image = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return model.eval(), image if kind == "timm" else {"pixel_values": image} if kind == "vit" else sentences()
+
+
+def _timm(attention: str, width: int, heads: int, labels: int) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"embed_dim": width, "num_heads": heads, "num_classes": labels, "depth": 2, "mlp_ratio": 1.5}
+    model = VisionTransformer(img_size=8, patch_size=4, **sizes)
+    for block in model.blocks:
+        block.attn.fused_attn = attention == "sdpa"
+    return model
+
+
+def _hub(kind: str, attention: str, width: int, heads: int, labels: int) -> nn.Module:
+    import transformers
+
+    stem = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra", "distilbert": "DistilBert", "vit": "ViT"}[kind]
+    names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
+    names = ("dim", "n_heads", "n_layers", "hidden_dim") if kind == "distilbert" else names
+    own: dict[str, Any] = {"vocab_size": 30, "max_position_embeddings": 12}
+    own |= {"embedding_size": 6} if kind == "electra" else {"pad_token_id": 1} if kind == "roberta" else {}
+    own = {"image_size": 8, "patch_size": 4} if kind == "vit" else own
+    config = getattr(transformers, f"{stem}Config")(
+        **dict(zip(names, (width, heads, 2, width + 8), strict=True)), **own,
+        num_labels=labels, attn_implementation=attention,
+    )  # fmt: skip
+    task = "ImageClassification" if kind == "vit" else "SequenceClassification"
+    return getattr(transformers, f"{stem}For{task}")(config)
+
+
 REAL: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "resnet18": (models.resnet18, lambda: _image(32)),
     "resnet50": (models.resnet50, lambda: _image(32)),

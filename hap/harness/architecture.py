@@ -8,15 +8,18 @@ dropout, a hook) is not seen. A record may come from a stranger: all of it is ch
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
+from hap.bypass import Borrower, Lender
 from hap.harness.binding import Strict, mistake, wrong
 from hap.harness.shapes import Count, Entry, layer, make
 from hap.harness.shapes import describe as entry_of
+from hap.heads import COUNTERS
+from hap.layers import widths
 from hap.patch import Patch
 from hap.surgery import replace
 
@@ -31,6 +34,9 @@ class Architecture(Strict):
     frozen: tuple[str, ...]  # parameters that take no gradient
     training: bool
     switched: tuple[str, ...]  # modules in the other mode than the model
+    counters: Annotated[
+        dict[str, Count], Field(default_factory=dict)
+    ]  # of the heads that are left, where a module counts them
 
 
 def describe(model: nn.Module, original: nn.Module) -> dict[str, Any]:
@@ -57,6 +63,12 @@ def describe(model: nn.Module, original: nn.Module) -> dict[str, Any]:
         frozen=tuple(name for name, t in own.items() if isinstance(t, nn.Parameter) and not t.requires_grad),
         training=model.training,
         switched=tuple(name for name, module in found.items() if module.training != model.training),
+        counters={
+            f"{name}.{counter}": value
+            for name, module in fresh.items()
+            for counter, whole in _counters(module).items()
+            if (value := getattr(found[name], counter)) != whole
+        },
     ).model_dump(mode="json")
     again = tensors(rebuild(copy.deepcopy(original), record))
     for name in sorted(again.keys() | own.keys()):
@@ -88,6 +100,8 @@ def rebuild(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     for name, module in made.items():
         device = next((t.device for t in found[name].parameters()), torch.device("cpu"))
         replace(model, found[name], module.to_empty(device=device))
+    _join(made)
+    _recount(model, read.counters)
     _share(model, read.shared)
     _arrange(model, read)
     return model
@@ -134,6 +148,42 @@ def _firsts(model: nn.Module) -> dict[str, str]:
             raise wrong(name, "must be a tensor to be saved", type(value).__name__)
         firsts[name] = first.setdefault(id(value), name)
     return firsts
+
+
+def _counters(module: nn.Module) -> dict[str, int]:
+    """The numbers in which a module counts its heads."""
+    return {name: value for name in COUNTERS if type(value := getattr(module, name, None)) is int}
+
+
+def _recount(model: nn.Module, counters: Mapping[str, int]) -> None:
+    for name, value in counters.items():
+        owner, _, counter = name.rpartition(".")
+        whole = _counters(_modules(model).get(owner, nn.Identity())).get(counter, -1)
+        if value > whole:
+            raise wrong(f"counters.{name}", f"must be at most {whole}, as in the original", value)
+        setattr(model.get_submodule(owner), counter, value)
+
+
+def _join(made: Mapping[str, nn.Module]) -> None:
+    """Gives each Lender and its Borrower one Relay, and checks that they fit."""
+    lenders, borrowers = (
+        {module.relay.name: (name, module) for name, module in made.items() if isinstance(module, kind)}
+        for kind in (Lender, Borrower)
+    )
+    count = sum(isinstance(module, Lender | Borrower) for module in made.values())
+    if lenders.keys() != borrowers.keys() or count != 2 * len(lenders):
+        raise wrong("modules", "must have one Lender for each Borrower", sorted(lenders.keys() ^ borrowers.keys()))
+    for relay, (name, borrower) in borrowers.items():
+        lender = lenders[relay][1]
+        sizes = [
+            widths(each)
+            for each in (*list(borrower.get_submodule("implant").modules()), borrower.layer)
+            if isinstance(each, nn.Linear)
+        ]
+        read = widths(lender.layer)[1] if isinstance(lender.layer, nn.Linear) else -1
+        if len(sizes) > 1 and (sizes[0][1] != read or sizes[-2][0] != sizes[-1][0]):
+            raise wrong(f"modules.{name}.implant", f"must read {read} and write {sizes[-1][0]} numbers", sizes[:-1])
+        borrower.relay = lender.relay
 
 
 def _known(where: str, names: Any, known: Any) -> None:

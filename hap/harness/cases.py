@@ -14,6 +14,7 @@ from hap.harness.training import Recipe
 from hap.plan import Budget
 
 Coupling = Literal["tied", "union"]
+Prune = Literal["all", "heads"]
 Table = Annotated[dict[str, Any] | None, BeforeValidator(lambda given: None if given is False else given)]
 Given = Mapping[str, tuple[str, Any]]  # field -> where it was written, value
 SMOKE_PROBES = 2  # the fewest that have two halves
@@ -29,6 +30,7 @@ class Case(Strict):
     method: Ref | None = None
     reference: Ref | None = None  # the score that the case's own is compared with
     coupling: Coupling = "union"
+    prune: Prune = "all"  # or attention heads alone
     implant: Ref | None = None
     budget: InstanceOf[Budget]
     finetune: InstanceOf[Recipe] | None = None
@@ -43,6 +45,7 @@ class Case(Strict):
             # a switch that a later version adds, and that is off, must not orphan the evidence of today
             parts[name] = part and {k: v for k, v in asdict(part).items() if v is not None and v is not False}
         parts["recalibrate"] = self.recalibrate or None
+        parts["prune"] = None if self.prune == "all" else self.prune
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
@@ -66,6 +69,7 @@ class CaseTable(Strict):
     method: Spelled = None
     reference: Spelled = None
     coupling: Coupling = "union"
+    prune: Prune = "all"
     implant: Spelled = None
     budget: dict[str, Any] | None = None
     finetune: Table = None
@@ -140,6 +144,9 @@ def _implanted(where: str, case: Case) -> None:
     if case.score is not None and (case.budget.implant > 0) != (case.implant is not None):
         found = case.implant and case.implant.use
         raise wrong(f"{where}.implant", "is given exactly when budget.implant is above 0", found)
+    ranked = case.prune == "heads" and case.budget.implant > 0
+    if (case.budget.rank is not None) != ranked:
+        raise wrong(f"{where}.budget.rank", "is given exactly when heads become implants", case.budget.rank)
 
 
 def _budgets(where: str, table: dict[str, Any]) -> Iterator[tuple[str, Budget]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from hap import HapError
 from hap.harness.run import Run
 from hap.harness.spec import STAGELESS, Claim
 
@@ -87,7 +88,10 @@ def value(run: Run, claim: Claim) -> float:
         return run.metrics["ranking"][claim.metric]
     if claim.metric == "drop":
         return run.metrics["dense"]["accuracy"] - run.metrics[claim.stage]["accuracy"]
-    return run.metrics[claim.stage][claim.metric]
+    found = run.metrics[claim.stage]
+    if claim.metric not in found:
+        raise HapError(f"{run.case} seed {run.seed}: {claim.metric} expected in the record, found {', '.join(found)}")
+    return found[claim.metric]
 
 
 def bounds(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:

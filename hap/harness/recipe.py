@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hap import HapError
 
-SCHEDULES = ("step", "cosine", "constant")
+SCHEDULES = ("step", "cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     batch_size: int = 128
-    schedule: str = "step"  # "step" (a tenth at 50 and 75 %), "cosine" or "constant"
+    schedule: str = "step"  # "step" (a tenth at 50 and 75 %), "cosine", "linear" (to 0) or "constant"
     warmup_epochs: float = 0.0
     nesterov: bool = False
     autocast: str | None = None  # "bf16": convolutions and products in bfloat16, weights and loss in float32
@@ -25,6 +25,8 @@ class Recipe:
     micro_batch: int | None = None  # at most so many samples in one pass, the gradients of a batch added up
     distil: float | None = None  # the share of the loss that is against the dense model's outputs [Hinton15]
     temperature: float | None = None  # of the distillation; None is 4
+    optimiser: str | None = None  # "adamw", whose decay spares biases and norms; None is SGD
+    clip: float | None = None  # the largest norm of a step's gradient
     stabilise: bool = False  # upstream: a last pass over the training data renews the statistics of BatchNorm
 
     def __post_init__(self) -> None:
@@ -45,6 +47,9 @@ class Recipe:
             ("nesterov", "false without momentum", not self.nesterov or self.momentum > 0),
             ("autocast", "'bf16' where it is given", self.autocast in (None, "bf16")),
             ("micro_batch", "at least 1", self.micro_batch is None or self.micro_batch >= 1),
+            ("optimiser", "'adamw' where it is given", self.optimiser in (None, "adamw")),
+            ("nesterov", "false with adamw", not self.nesterov or self.optimiser is None),
+            ("clip", "positive and finite", self.clip is None or 0 < self.clip < math.inf),
             ("distil", "above 0 and at most 1", self.distil is None or 0 < self.distil <= 1),
             ("temperature", "positive and finite", self.temperature is None or 0 < self.temperature < math.inf),
             ("temperature", "left out without distil", self.temperature is None or self.distil is not None),
@@ -56,6 +61,7 @@ def learning_rate(recipe: Recipe, epochs: float, ahead: float = 0.0) -> float:
     done = epochs / recipe.epochs
     factor = {
         "constant": 1.0,
+        "linear": 1 - done,
         "cosine": (1 + math.cos(math.pi * done)) / 2,
         "step": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
     }[recipe.schedule]

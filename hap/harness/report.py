@@ -24,8 +24,8 @@ from hap.harness.spec import Reported, Spec, find_specs, load_spec
 Runs = dict[str, list[Run]]
 
 
-def _accuracy(stage: str) -> Callable[[Run], float]:
-    return lambda run: run.metrics[stage]["accuracy"]
+def _stage(stage: str, metric: str) -> Callable[[Run], float]:
+    return lambda run: run.metrics[stage].get(metric, math.nan)
 
 
 def _pruned(what: str) -> Callable[[Run], float]:
@@ -33,24 +33,29 @@ def _pruned(what: str) -> Callable[[Run], float]:
 
 
 # name in the CSV, heading in the table, the number of one run
-COLUMNS: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
-    ("dense_accuracy", "dense (%)", _accuracy("dense")),
-    ("one_shot_accuracy", "one-shot (%)", _accuracy("one_shot")),
-    ("selected_accuracy", "selected (%)", _accuracy("selected")),
-    ("best_test_epoch_accuracy", "best test epoch (%), optimistic", _accuracy("best_test_epoch")),
+Column = tuple[str, str, Callable[[Run], float]]
+STAGES = {
+    "dense": "dense (%)",
+    "one_shot": "one-shot (%)",
+    "selected": "selected (%)",
+    "best_test_epoch": "best test epoch (%), optimistic",
+}
+HEADS: Column = ("heads_pruned", "heads pruned (%)", lambda run: float(100 * run.plan["removed"]["groups"]))
+COSTS: tuple[Column, ...] = (
     ("params_pruned", "params pruned (%)", _pruned("params")),
     ("macs_pruned", "MACs pruned (%)", _pruned("macs")),
     ("score_seconds", "score (s)", lambda run: run.seconds.get("score", run.seconds.get("prune", math.nan))),
 )
-RANKING: tuple[tuple[str, str, Callable[[Run], float]], ...] = (
+RANKING: tuple[Column, ...] = (
     ("spearman", "rank correlation", lambda run: run.metrics.get("ranking", {}).get("spearman", math.nan)),
     ("overlap", "overlap of the pruned", lambda run: run.metrics.get("ranking", {}).get("overlap", math.nan)),
     ("negative", "negative scores", lambda run: run.metrics.get("ranking", {}).get("negative", math.nan)),
 )
 # only rows of others fill it
-PUBLISHED = ("published_accuracy", "as published (%)", lambda run: math.nan)
+PUBLISHED: Column = ("published_accuracy", "as published (%)", lambda run: math.nan)
+METRICS = {"accuracy": "accuracy", "f1": "F1 of class 1", "matthews": "Matthews' correlation (times 100)"}
 NOTE = """\
-Test accuracy, mean ± standard deviation over seeds. *Selected*: the epoch that is best on the validation split.
+Test {metric}, mean ± standard deviation over seeds. *Selected*: the epoch that is best on the validation split.
 *Best test epoch*: what the published code reports, an epoch chosen on the test set; optimistic, and it selects nothing.
 MACs are those of convolutions and linear layers; FLOPs would be twice as many."""
 RANKING_NOTE = """\
@@ -61,12 +66,13 @@ REPORTED_NOTE = """\
 of the model and the epoch that their authors chose, on their data."""
 
 
-def columns(spec: Spec) -> tuple[tuple[str, str, Callable[[Run], float]], ...]:
+def columns(spec: Spec) -> tuple[Column, ...]:
     """The columns of a spec's table: what others published, and the ranking where scores have a reference, if any."""
-    accuracy = [column for column in COLUMNS if column[0].endswith("_accuracy")]
+    stages = [(f"{stage}_{spec.metric}", heading, _stage(stage, spec.metric)) for stage, heading in STAGES.items()]
     published = (PUBLISHED,) if spec.reported else ()
+    heads = (HEADS,) if any(case.prune == "heads" for case in spec.cases.values()) else ()
     ranking = RANKING if any(case.reference for case in spec.cases.values()) else ()
-    return (*accuracy, *published, *COLUMNS[len(accuracy) :], *ranking)
+    return (*stages, *published, *heads, *COSTS, *ranking)
 
 
 def frame(spec: Spec, runs: Runs) -> pd.DataFrame:
@@ -90,7 +96,7 @@ def tables(spec: Spec, runs: Runs, results: Path) -> list[Path]:
         f"# {spec.title}",
         f"{spec.paper}. Spec `{spec.name}`.",
         body,
-        NOTE,
+        NOTE.format(metric=METRICS[spec.metric]),
         RANKING_NOTE if ranked else "",
         _footnotes(spec),
         _sources(runs),

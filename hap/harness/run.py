@@ -22,6 +22,7 @@ from hap.harness.scoring import Scoring, remembered
 from hap.harness.spec import Case
 from hap.harness.tasks import Task
 from hap.harness.training import Curve, Event, Say, State, exactly, fit, generator, silent, snapshot, threads
+from hap.heads import heads
 from hap.plan import Plan, plan
 from hap.surgery import apply
 from hap.testing import check_groups
@@ -50,8 +51,7 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
         task = _task(case.task, seed, lambda event: say(Event(event, STARTS["trace"] * (event.fraction or 0))))
     with exactly(), threads(task.threads):
         with clock("trace"):
-            groups = couple(task.model, trace(task.model, task.example, call=task.loss.call), case.coupling)
-            check_groups(task.model, task.example, groups, call=task.loss.call, trials=2)
+            groups = remembered(case, seed, f"groups {case.coupling} {case.prune}", lambda: _groups(task, case))
         score = Scoring(case, seed, say)
         prune = one_shot(score, _bound(case.implant), clock) if case.score else _bound(case.method)
         with clock("prune"):
@@ -71,7 +71,7 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
             metrics |= {"ranking": score.ranking} if score.ranking else {}
             if score.seconds:
                 clock.seconds["score"] = score.seconds[0]  # also where it was remembered
-        where = environment(task.example.device)
+        where = environment(next(task.model.parameters()).device)
     return Run(
         spec=case.spec,
         case=case.name,
@@ -120,7 +120,7 @@ def examine(
     metrics = {"dense": dense, "one_shot": one, "selected": one, "last": one, "best_test_epoch": one}
     if tested:
         # upstream: reports the epoch that is best on the test set; recorded as what it is, and never selected by
-        best = max(tested, key=lambda found: (found["accuracy"], -found["loss"]))
+        best = max(tested, key=lambda found: (found[task.metric], -found["loss"]))
         metrics |= {"selected": tested[curve.selected], "last": tested[-1], "best_test_epoch": best}
     return metrics, [{**row, "test": test} for row, test in zip(curve.epochs, tested, strict=True)]
 
@@ -174,6 +174,14 @@ def _task(ref: Ref, seed: int, say: Say) -> Task:
     offered = {"say": say} if "say" in inspect.signature(function).parameters else {}
     made: Task = function(seed, **offered, **ref.options)
     return made
+
+
+def _groups(task: Task, case: Case) -> Groups:
+    """What may be pruned; surgery on it is checked against masking."""
+    groups = couple(task.model, trace(task.model, task.example, call=task.loss.call), case.coupling)
+    groups = heads(groups) if case.prune == "heads" else groups
+    check_groups(task.model, task.example, groups, call=task.loss.call, trials=2)
+    return groups
 
 
 def _bound(ref: Ref | None) -> Any:

@@ -1,7 +1,7 @@
 """A score at work in a run: what it is offered, what it warns of, and how its ranking compares with a reference's.
 
-Within a process the scores of a task, a score and a seed are remembered, and what the dense model reaches, for cases
-that differ in their budget share them; scores that asked what the budget prunes are not.
+Within a process the scores of a task, a score and a seed are remembered, and the groups of the dense model and what it
+reaches, for cases that differ in their budget share them; scores that asked what the budget prunes are not.
 """
 
 import inspect
@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,16 @@ class Scored(NamedTuple):
     seconds: float
 
 
+Known = TypeVar("Known")
 _KNOWN: dict[str, Any] = {}
 
 
-def remembered(case: Case, seed: int, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def remembered(case: Case, seed: int, what: str, make: Callable[[], Known]) -> Known:
     """What is true of the dense model of a task, and so the same for all cases that prune it."""
     key = json.dumps([what, case.task.model_dump(), seed], sort_keys=True)
-    known: dict[str, Any] = _KNOWN.get(key) or _KNOWN.setdefault(key, make())
-    return known
+    if key not in _KNOWN:
+        _KNOWN[key] = make()
+    return cast(Known, _KNOWN[key])
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Scoring:
         return scored.scores
 
     def _scored(self, ref: Ref, model: nn.Module, loss: Any, batches: Any, groups: Groups, rng: Any) -> Scored:
-        key = json.dumps([self.case.task.model_dump(), ref.model_dump(), self.case.coupling, self.seed], sort_keys=True)
+        parts = [self.case.task.model_dump(), ref.model_dump(), self.case.coupling, self.case.prune, self.seed]
+        key = json.dumps(parts, sort_keys=True)
         if key in _KNOWN:
             known: Scored = _KNOWN[key]
             return known

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import nn
 
+from hap.bypass import Borrower, Lender, Relay
 from hap.harness.binding import Strict, mistake, wrong
 from hap.layers import axis, widths
 from hap.patch import Patch
@@ -88,7 +89,24 @@ class Patched(Strict):
     take: Count
 
 
-Entry = Annotated[Linear | Conv | Norm | Plain | Several | Patched, Field(discriminator="kind")]
+class Lent(Strict):
+    """The first layer of heads that an implant stands in for."""
+
+    kind: Literal["Lender"]
+    layer: Part
+    relay: str
+
+
+class Borrowed(Strict):
+    """The layer behind such heads, and the implant."""
+
+    kind: Literal["Borrower"]
+    layer: Part
+    implant: Part
+    relay: str
+
+
+Entry = Annotated[Linear | Conv | Norm | Plain | Several | Patched | Lent | Borrowed, Field(discriminator="kind")]
 
 
 def layer(module: nn.Module) -> Any:
@@ -111,13 +129,15 @@ def describe(where: str, module: nn.Module) -> Any:
         numbers = {name: getattr(module, name) for name in ("axis", "given", "width")}
         numbers |= {name: len(getattr(module, name)) for name in ("places", "take")}
         return Patched(kind="Patch", parts=_parts(f"{where}.parts", module.parts), **numbers)
+    if isinstance(module, Lender | Borrower):
+        return _around(where, module)
     if type(module) is nn.Sequential:
         return Several(kind="Sequential", parts=_parts(where, module))
     if type(module) in PLAIN.values():
         return Plain.model_validate({"kind": type(module).__name__})
     entry = layer(module)
     if entry is None:
-        known = ", ".join(["Patch", "Sequential", *PLAIN, *LAYERS])
+        known = ", ".join(["Patch", "Lender", "Borrower", "Sequential", *PLAIN, *LAYERS])
         raise wrong(where, f"must be as in the original or one of {known} to be saved", named(module))
     return entry
 
@@ -126,6 +146,11 @@ def make(where: str, entry: Any, origin: nn.Module) -> nn.Module:
     """The module of an entry, without memory; `origin` is what it replaces in the original."""
     if isinstance(entry, Plain):
         return PLAIN[entry.kind]()  # type: ignore[no-any-return]
+    if isinstance(entry, Lent):
+        return Lender(make(f"{where}.layer", entry.layer, origin), Relay(entry.relay))
+    if isinstance(entry, Borrowed):
+        layer, implant = (make(f"{where}.{name}", getattr(entry, name), origin) for name in ("layer", "implant"))
+        return Borrower(layer, implant, Relay(entry.relay))
     if isinstance(entry, Several | Patched):
         parts = [make(f"{where}.parts[{i}]", part, origin) for i, part in enumerate(entry.parts, start=1)]
         return nn.Sequential(*parts) if isinstance(entry, Several) else _patch(where, entry, parts, origin)
@@ -149,6 +174,17 @@ def make(where: str, entry: Any, origin: nn.Module) -> nn.Module:
 def named(module: nn.Module) -> str:
     """The class of a module with its place."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _around(where: str, module: Lender | Borrower) -> Lent | Borrowed:
+    own = ["layer"] if isinstance(module, Lender) else ["layer", "implant"]
+    parts = {}
+    for name in own:
+        parts[name] = describe(f"{where}.{name}", getattr(module, name))
+        if not isinstance(parts[name], Linear | Conv | Norm | Plain | Several):
+            raise wrong(f"{where}.{name}", "must be a layer, or several, to be saved", parts[name].kind)
+    kind = Lent if isinstance(module, Lender) else Borrowed
+    return kind(kind=type(module).__name__, relay=module.relay.name, **parts)  # type: ignore[arg-type]
 
 
 def _parts(where: str, modules: Any) -> tuple[Any, ...]:

@@ -22,7 +22,8 @@ from hap.harness.tasks import MissingData
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Metric = Literal["accuracy", "loss", "drop", "params_pruned", "macs_pruned", "speedup", "spearman", "overlap"]
+Main = Literal["accuracy", "f1", "matthews"]  # in percent, higher is better
+Metric = Literal[Main, "loss", "drop", "params_pruned", "macs_pruned", "speedup", "spearman", "overlap"]
 STAGELESS = ("params_pruned", "macs_pruned", "speedup", "spearman", "overlap")
 Stage = Literal["dense", "one_shot", "selected", "last", "best_test_epoch"]
 Tier = Literal["quick", "cpu", "gpu"]
@@ -69,6 +70,7 @@ class Spec(Strict):
     seeds: tuple[int, ...]
     cases: dict[str, Case]
     claims: tuple[Claim, ...]
+    metric: Main = "accuracy"  # that tables and figures show
     reported: tuple[Reported, ...] = ()
     needs: str | None = None  # the machine and the time that its runs take
 
@@ -83,6 +85,7 @@ class _File(Strict):
     finetune: Table = None
     cases: Annotated[dict[Name, CaseTable], Field(min_length=1)]
     claims: tuple[Claim, ...] = ()
+    metric: Main = "accuracy"
     reported: tuple[Reported, ...] = ()
     needs: Text | None = None
 
@@ -148,7 +151,7 @@ def _spec(name: str, file: _File) -> Spec:
             cases[case.name] = case
     for number, claim in enumerate(file.claims, start=1):
         _claim(f"claims[{number}]", claim, cases)
-    shown = ("title", "paper", "tier", "seeds", "claims", "reported", "needs")
+    shown = ("title", "paper", "tier", "seeds", "claims", "metric", "reported", "needs")
     parts = {part: getattr(file, part) for part in shown}
     return Spec(name=name, cases=cases, **parts)
 

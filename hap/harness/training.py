@@ -38,12 +38,13 @@ class Curve:
     epochs: list[dict[str, Any]]
     snapshots: Sequence[State | Callable[[], State]]  # none where they were not asked for
     notes: list[str] = field(default_factory=list)  # what the record must say of the training
+    metric: str = "accuracy"  # higher is better
 
     @property
     def selected(self) -> int:
-        """The epoch of best validation accuracy; of equals, that of lower loss, then the earlier."""
+        """The epoch of best validation; of equals, that of lower loss, then the earlier."""
         found = [row["validation"] for row in self.epochs]
-        return max(range(len(found)), key=lambda i: (found[i]["accuracy"], -found[i]["loss"], -i))
+        return max(range(len(found)), key=lambda i: (found[i][self.metric], -found[i]["loss"], -i))
 
     def states(self) -> Iterator[State]:
         """The snapshots, one at a time."""
@@ -91,7 +92,7 @@ def fit(
                 keeper.save(point)
             if snapshots:
                 states.append(partial(keeper.model, epoch + 1) if keeper is not None else point.model)
-    return Curve(trainer.rows, states, trainer.step.notes)
+    return Curve(trainer.rows, states, trainer.step.notes, task.metric)
 
 
 @dataclass
@@ -108,8 +109,7 @@ class _Trainer:
     def __post_init__(self) -> None:
         recipe = self.recipe
         self.step = Stepper(self.model, self.task, recipe, recipe.micro_batch or recipe.batch_size)
-        chosen = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay, "nesterov": recipe.nesterov}
-        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=recipe.lr, fused=True, **chosen)  # type: ignore[arg-type]
+        self.optimiser = optimiser(self.model, recipe)
 
     def epoch(self, number: int, before: Point) -> None:
         """One epoch; again from `before` with smaller micro-batches where memory runs out, told once."""
@@ -138,16 +138,19 @@ class _Trainer:
         self.rows.append({**row, "seconds": time.perf_counter() - start})
         for note in self.step.notes[told:]:
             self.say(Event(f"warning: {note}"))
-        self.say(Event(_line(self.rows[-1], self.recipe), min(1.0, len(self.rows) / self.recipe.epochs)))
+        self.say(
+            Event(_line(self.rows[-1], self.recipe, self.task.metric), min(1.0, len(self.rows) / self.recipe.epochs))
+        )
 
     def point(self) -> Point:
         """Where the training is, copied."""
-        momentum = {
-            f"momentum.{i}": found["momentum_buffer"].detach().to("cpu", copy=True)
+        kept = {
+            f"{name}.{i}": value.detach().to("cpu", copy=True)
             for i, found in self.optimiser.state_dict()["state"].items()
-            if found.get("momentum_buffer") is not None
+            for name, value in found.items()
+            if isinstance(value, torch.Tensor)
         }
-        trainer = {**momentum, "rng": self.rng.get_state()}
+        trainer = {**kept, "rng": self.rng.get_state()}
         return Point(list(self.rows), snapshot(self.model), trainer, self.step.micro_batch, list(self.step.notes))
 
     def resume(self, keeper: Keeper | None) -> list[State | Callable[[], State]]:
@@ -181,10 +184,14 @@ class _Trainer:
         self.model.load_state_dict(point.model)
         self.rng.set_state(point.trainer["rng"])
         self.optimiser.state.clear()
-        for i, parameter in enumerate(self.optimiser.param_groups[0]["params"]):
-            if (momentum := point.trainer.get(f"momentum.{i}")) is not None:
-                kept = torch.empty_like(parameter).copy_(momentum)  # in the parameter's memory format
-                self.optimiser.state[parameter]["momentum_buffer"] = kept
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        for key, value in point.trainer.items():
+            name, _, number = key.rpartition(".")
+            if name:
+                parameter = parameters[int(number)]
+                # in the parameter's memory format
+                kept = torch.empty_like(parameter).copy_(value) if value.dim() else value.clone().to(parameter.device)
+                self.optimiser.state[parameter][name] = kept
 
     def _pass(self, epoch: int) -> tuple[float, float]:
         """Mean loss over the samples of one epoch, and its last learning rate."""
@@ -192,14 +199,19 @@ class _Trainer:
         steps = math.ceil(self.task.train_size / self.recipe.batch_size)
         total, samples, lr = torch.zeros(()), 0, self.recipe.lr
         self.optimiser.zero_grad(set_to_none=True)
-        for step, (inputs, targets) in enumerate(self.task.train(self.recipe.batch_size, self.rng)):
-            lr = self.optimiser.param_groups[0]["lr"] = learning_rate(self.recipe, epoch + step / steps, 1 / steps)
-            loss = self.step(inputs, targets)
-            self.optimiser.step()
-            self.optimiser.zero_grad(set_to_none=True)
-            # kept on the device: reading it here would make every step wait for the last
-            total = total.to(loss.device) + loss * len(targets)
-            samples += len(targets)
+        with dropping(self.model, self.rng):
+            for step, (inputs, targets) in enumerate(self.task.train(self.recipe.batch_size, self.rng)):
+                lr = learning_rate(self.recipe, epoch + step / steps, 1 / steps)
+                for group in self.optimiser.param_groups:
+                    group["lr"] = lr
+                loss = self.step(inputs, targets)
+                if self.recipe.clip is not None:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+                self.optimiser.step()
+                self.optimiser.zero_grad(set_to_none=True)
+                # kept on the device: reading it here would make every step wait for the last
+                total = total.to(loss.device) + loss * len(targets)
+                samples += len(targets)
         return float(total) / samples, lr
 
     @torch.no_grad()
@@ -214,6 +226,29 @@ class _Trainer:
             loss = self.task.loss(self.model, (inputs, targets))
             total, samples = total.to(loss.device) + loss * len(targets), samples + len(targets)
         return float(total) / samples, 0.0
+
+
+def optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimiser of a recipe, fused."""
+    if recipe.optimiser is None:
+        chosen: dict[str, Any] = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+        return torch.optim.SGD(model.parameters(), lr=recipe.lr, fused=True, weight_decay=recipe.weight_decay, **chosen)
+    spared = [p for p in model.parameters() if p.dim() < 2]  # biases, and scale and shift of norms
+    rest = [p for p in model.parameters() if p.dim() >= 2]
+    groups = [{"params": rest, "weight_decay": recipe.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, fused=True)
+
+
+@contextmanager
+def dropping(model: nn.Module, rng: torch.Generator) -> Iterator[None]:
+    """Dropout draws from torch's global stream: inside it is seeded by `rng`, and outside as it was."""
+    if not any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=rng))
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
@@ -239,9 +274,9 @@ def generator(seed: int, purpose: str = "") -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _line(row: dict[str, Any], recipe: Recipe) -> str:
+def _line(row: dict[str, Any], recipe: Recipe, metric: str) -> str:
     found = row["validation"]
     return (
         f"epoch {row['epoch'] + 1}/{recipe.epochs}: loss {row['train_loss']:.3f}, "
-        f"validation {found['accuracy']:.2f} % (lr {row['lr']:.2g})"
+        f"validation {found[metric]:.2f} % (lr {row['lr']:.2g})"
     )

@@ -100,7 +100,7 @@ def test_the_dense_digits_are_read_well(digits):
 
 
 def test_digits_are_split_without_overlap_and_alike_for_every_seed(digits):
-    splits = digits_preresnet._digits()[0]
+    splits = digits_preresnet.digits()[0]
     assert [len(images.labels) for images in splits.values()] == [1077, 270, 450]
     assert torch.cat([images.pixels for images in splits.values()]).flatten(1).unique(dim=0).shape[0] == 1797
     calibration = digits(0).batches

@@ -67,7 +67,7 @@ RECIPE = Recipe(epochs=3, lr=0.1, batch_size=20, schedule="cosine", warmup_epoch
         ("momentum", 1.0),
         ("weight_decay", -1e-4),
         ("batch_size", 0),
-        ("schedule", "linear"),
+        ("schedule", "triangle"),
         ("warmup_epochs", 4.0),
     ],
 )
@@ -149,7 +149,7 @@ def test_the_global_generator_decides_nothing():
     assert all(torch.equal(first.snapshots[-1][name], value) for name, value in second.snapshots[-1].items())
 
 
-@pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["step", "cosine", "linear", "constant"])
 def test_the_schedules_are_those_of_torch(schedule):
     """The oracle is torch.optim.lr_scheduler, stepped each iteration; it cannot see the warm-up."""
     steps, recipe = 5, Recipe(epochs=8, lr=0.4, schedule=schedule)
@@ -157,6 +157,7 @@ def test_the_schedules_are_those_of_torch(schedule):
     scheduler = {
         "step": lambda: torch.optim.lr_scheduler.MultiStepLR(optimiser, [4 * steps, 6 * steps]),
         "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 8 * steps),
+        "linear": lambda: torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, 8 * steps),
         "constant": lambda: torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0),
     }[schedule]()
     for iteration in range(8 * steps):

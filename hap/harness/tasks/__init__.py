@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,12 @@ class Task:
     name: str
     model: nn.Module  # the trained dense model, eval mode
     loss: CrossEntropy
-    batches: Sequence[tuple[Tensor, Tensor]]  # calibration: training images without augmentation
-    train: Callable[[int, torch.Generator], Iterator[tuple[Tensor, Tensor]]]  # one epoch, shuffled and augmented
+    batches: Sequence[tuple[Any, Tensor]]  # calibration: training samples without augmentation
+    train: Callable[[int, torch.Generator], Iterator[tuple[Any, Tensor]]]  # one epoch, shuffled and augmented
     train_size: int  # the samples of one such epoch, so that a schedule can count its steps
     evaluate: Callable[[nn.Module, str], dict[str, float]]  # "validation" | "test" -> accuracy (percent), loss (nats)
-    example: Tensor  # one sample, batch axis of 1
+    example: Any  # one sample, batch axis of 1
     data: Data
     notes: tuple[str, ...] = ()  # what a record must say of how the model was trained
+    metric: str = "accuracy"  # of those that `evaluate` gives, what epochs are selected by
     threads: int | None = None  # CPU threads that serve this size best; None leaves torch's setting

@@ -29,7 +29,7 @@ def task(seed: int, *, images: int = 512, batch: int = 128, say: training.Say = 
     The digits fill their 8x8 images, so there is no augmentation: a shift by one pixel cuts strokes off, and cost 1 to
     2 points of test accuracy (98 against 99.4 %). One thread: such small layers gain nothing from a second.
     """
-    splits, source = _digits()
+    splits, source = digits()
     train, loss = splits["train"], CrossEntropy()
 
     def evaluate(model: nn.Module, split: str) -> dict[str, float]:
@@ -57,7 +57,7 @@ def task(seed: int, *, images: int = 512, batch: int = 128, say: training.Say = 
 
 def ready(**options: object) -> Data:
     """The data of the task, without training its model."""
-    return _digits()[1]
+    return digits()[1]
 
 
 def _trained(task: Task, seed: int, say: training.Say, keep: Path) -> Trained:
@@ -72,7 +72,8 @@ def _network(rng: torch.Generator) -> nn.Module:
 
 
 @cache
-def _digits() -> tuple[dict[str, Images], Data]:
+def digits() -> tuple[dict[str, Images], Data]:
+    """The images of each split, and which data they are."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
