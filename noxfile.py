@@ -62,7 +62,7 @@ def types(session: nox.Session) -> None:
 def reproduce(session: nox.Session) -> None:
     """Make evidence, judge it, report it: the digits anew, or what is missing of `-- NAME`, `-- all`, `-- --tier T`."""
     # anew, for the repository has records of the digits, and to read them would reproduce nothing
-    _run(session, "hap", "run", *(session.posargs or ["digits", "--again"]))
+    _run(session, "hap", "run", *(session.posargs or ["digits", "digits-bert", "--again"]))
 
 
 @session

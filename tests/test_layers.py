@@ -1,9 +1,12 @@
 """Imports point one way, names are few, and files and functions are small: the design, held by `ast`.
 
 The core follows the listing of the design, with more modules, each before its first reader: `patch` is the module that
-surgery adds, and `bypass` those for implants of heads; `heads` picks those among groups, `masking` silences groups for
-scores and surgery, `budget` was a part of `plan`, and `bridge` puts implants of heads in their place; `layers` says what modules are, `taps` is what a model looks like to tracing; `losses`, `persample`,
-`tally` and `graph` are what curvature is built of. The harness deviates in that what has no readers yet to come moves
+surgery adds, and `bypass` those for implants of heads; `layers` says what modules are, `taps` is what a model looks like
+to tracing; `heads` picks heads among groups, and `masking` silences groups, for scores and for surgery; `losses`,
+`persample`, `tally` and `graph` are what curvature is built of; `budget` was a part of `plan`, and `bridge` puts
+implants of heads in their place.
+
+The harness deviates in that what has no readers yet to come moves
 up: `binding` (how a name in a spec becomes a function), `files`, `provenance`, `events` and `recipe` know nothing of
 the rest; `batchnorm`, `stepping` and `checkpoints` are what training is built of; `tasks` comes before `training`,
 which trains a Task, and so before `cases`, which hold a Recipe; the single tasks come after it, for they train
