@@ -1,8 +1,8 @@
 """Imports point one way, names are few, and files and functions are small: the design, held by `ast`.
 
 The core follows the listing of the design, with more modules, each before its first reader: `patch` is the module that
-surgery adds, and `bypass` those for implants of heads; `layers` says what modules are, `taps` is what a model looks like
-to tracing; `heads` picks heads among groups, and `masking` silences groups, for scores and for surgery; `losses`,
+surgery adds, and `bypass` those for implants of heads; `layers` says what modules are, `taps` is what a model looks
+like to tracing; `heads` picks heads among groups, and `masking` silences groups, for scores and for surgery; `losses`,
 `persample`, `tally` and `graph` are what curvature is built of; `budget` was a part of `plan`, and `bridge` puts
 implants of heads in their place.
 
