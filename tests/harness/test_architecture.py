@@ -6,14 +6,16 @@ from functools import partial
 
 import pytest
 import torch
-from cases import REAL, SMALL, build
+from cases import HEADED, REAL, SMALL, build, headed
 from torch import nn
 
-from hap import Budget, HapError, Plan, apply, couple, trace
+from hap import Budget, HapError, Plan, apply, couple, implants, trace
+from hap.bypass import Borrower, Lender
 from hap.cost import params
 from hap.harness.architecture import describe, fill, rebuild, tensors
 from hap.harness.store import load_model, save_model
 from hap.harness.tasks import nets
+from hap.heads import heads
 from hap.implants import centre_tap, least_squares, zero
 from hap.layers import forward
 from hap.patch import Patch
@@ -95,6 +97,94 @@ def test_a_model_with_a_dictionary_of_outputs_comes_back(tmp_path):
     assert same(small, again)
     with torch.no_grad():
         assert torch.equal(forward(again, example).logits, forward(small, example).logits)
+
+
+def implanted(kind, rank=2):
+    """A transformer with some heads gone and some stood in for, and an example."""
+    if kind == "timm":
+        pytest.importorskip("timm")
+    model, example = headed(kind, "sdpa")
+    groups = heads(couple(model, trace(model, example)))
+    scores = torch.rand(len(groups), generator=torch.Generator().manual_seed(1))
+    chosen = plan(groups, scores, Budget(groups=0.6, implant=0.5, rank=rank, layer_limit=1.0))
+    return apply(model, groups, chosen, implants.low_rank, batches=[example]), example
+
+
+def outputs(model, example):
+    with torch.no_grad():
+        return numbers(forward(model, example))
+
+
+@pytest.mark.parametrize("kind", HEADED)
+def test_a_transformer_without_heads_and_with_their_implants_comes_back(kind, tmp_path):
+    small, example = implanted(kind)
+    assert sum(isinstance(module, Borrower) for module in small.modules()) > 0
+    again = load_model(save_model(small, headed(kind, "sdpa")[0], tmp_path), lambda: headed(kind, "sdpa")[0])
+    assert same(small, again)
+    assert torch.equal(outputs(again, example), outputs(small, example))
+    ends = [{m.relay for m in again.modules() if isinstance(m, end)} for end in (Lender, Borrower)]
+    assert ends[0] == ends[1]
+
+
+def test_what_a_stranger_says_of_implants_and_counts_of_heads_is_checked(tmp_path):
+    small, _ = implanted("bert")
+    record = describe(small, headed("bert", "sdpa")[0])
+    modules = record["modules"]
+    reader = next(name for name, entry in modules.items() if entry["kind"] == "Borrower")
+    source = next(name for name, entry in modules.items() if entry["kind"] == "Lender")
+    counter = next(iter(record["counters"]))
+
+    def says(text, **changes):
+        with pytest.raises(HapError, match=text) as caught:
+            rebuild(headed("bert", "sdpa")[0], {**record, **changes})
+        assert "\n" not in str(caught.value)
+
+    alone = {name: entry for name, entry in modules.items() if name != source}
+    says(r"modules: must have one Lender for each Borrower \(found \[", modules=alone)
+    twice = {**modules, reader: {**modules[reader], "kind": "Lender"}}
+    twice[reader].pop("implant")
+    says("modules: must have one Lender for each Borrower", modules=twice)
+    wide = json.loads(json.dumps(modules))
+    wide[reader]["implant"]["parts"][0]["in_features"] += 1
+    says(r"implant: must read 16 and write 16 numbers \(found \[\(", modules=wide)
+    says("counters.nowhere.num_heads: must be at most -1", counters={"nowhere.num_heads": 1})
+    says(r"counters\..*: must be at most \d+, as in the original", counters={counter: 10**6})
+    says("counters", counters={counter: -1})
+
+
+def test_an_implant_of_unknown_modules_is_refused_by_its_place(tmp_path):
+    small, _ = implanted("bert")
+    name, borrower = next((n, m) for n, m in small.named_modules() if isinstance(m, Borrower))
+    borrower.implant = nn.Sequential(borrower.implant[0], nn.GELU(), borrower.implant[1])
+    with pytest.raises(HapError, match=rf"{name}\.implant\.1: must be as in the original or one of"):
+        save_model(small, headed("bert", "sdpa")[0], tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra", "vit"])
+def test_a_pruned_transformer_goes_through_save_pretrained(kind, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    from hap.harness.pretrained import Pruned
+    from hap.harness.tasks.encoder import quiet
+
+    small, example = implanted(kind)
+    with quiet():
+        Pruned.of(small, headed(kind, "sdpa")[0]).save_pretrained(tmp_path)
+        again = Pruned.from_pretrained(tmp_path).eval()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+        assert torch.equal(outputs(again, example), outputs(small, example))
+        assert again.config.num_labels == 3
+        assert again.model.config._attn_implementation == "sdpa"
+        if kind != "vit":
+            found = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+            assert torch.equal(outputs(found, example), outputs(small, example))
+
+
+def test_a_config_of_another_class_than_transformers_is_refused():
+    from hap.harness.pretrained import Pruned, PrunedConfig
+
+    with pytest.raises(HapError, match="config: original_class must be a model of transformers, found 'eval'"):
+        Pruned(PrunedConfig({}, "eval", {}))
 
 
 def test_a_model_that_was_pruned_twice_comes_back(tmp_path):

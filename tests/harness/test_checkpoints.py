@@ -86,6 +86,18 @@ def test_momentum_and_the_last_pass_go_on_too(tmp_path):
     equal(go(tmp_path, recipe=recipe), go(None, recipe=recipe))
 
 
+@pytest.mark.parametrize("number", [2, 5])
+def test_adamw_and_dropout_go_on_too(tmp_path, number):
+    from test_training import dropping
+
+    recipe = replace(LONG, optimiser="adamw", lr=1e-2, clip=0.5)
+    with pytest.raises(Killed):
+        go(tmp_path, dropping(), recipe, train=killed_in(number))
+    found = go(tmp_path, dropping(), recipe)
+    assert f"goes on after epoch {number - 1} of 6" in found[2]
+    equal(found, go(None, dropping(), recipe))
+
+
 def test_micro_batches_that_memory_halved_go_on_and_are_told_once(tmp_path):
     with pytest.raises(Killed):
         go(tmp_path, starved(5, net()), train=killed_in(5))  # two epochs were begun anew

@@ -297,6 +297,106 @@ def test_more_methods_than_colours_are_drawn_in_parts_of_one_scale(tmp_path, mon
     assert [list(line.get_ydata()) for line in grey] == [[51.0, 50.0], [53.0, 52.0], [55.0, 54.0], [57.0, 56.0]]
 
 
+HEADS = """
+title = "Heads"
+paper = "[Yu22]"
+tier = "quick"
+seeds = [0, 1]
+metric = "f1"
+task = "fakes:task"
+reference = "fakes:score"
+
+[finetune]
+epochs = 2
+lr = 0.1
+
+[cases.hap]
+score = "fakes:score"
+prune = "heads"
+budget = {prunable = [0.25, 0.5]}
+
+[cases.random]
+like = "hap"
+score = "fakes:random"
+
+[cases.implants]
+like = "hap"
+implant = "fakes:implant"
+budget = {prunable = [0.5], implant = 0.5, rank = 1}
+"""
+# two layers of four heads of two rows each, and the layer behind them
+PLANS = {
+    "hap@25": ["##--####", "####--##"],
+    "hap@50": ["##----##", "####----"],
+    "random@25": ["--######", "--######"],
+    "random@50": ["--##--##", "--##--##"],
+    "implants@50": ["##--oo##", "####--oo"],
+}
+
+
+@pytest.fixture
+def headed(tmp_path):
+    """A spec that prunes heads, and records of all its cases, of which the second seed's first layer keeps all."""
+    spec = load_spec(write_spec(tmp_path, HEADS, "headed"))
+    runs = {}
+    for place, (name, layers) in enumerate(PLANS.items()):
+        runs[name] = []
+        for seed in spec.seeds:
+            rows = {}
+            for number, line in enumerate(layers):
+                line = "#" * 8 if seed and not number else line
+                rows |= {f"{number}.self.{part}": line for part in ("query", "key", "value")}
+                rows[f"{number}.output"] = "#" * 6
+            made = fake_run(
+                spec.cases[name], seed, plan={"rows": rows, "removed": {"groups": 0.25 + 0.25 * ("50" in name)}}
+            )
+            stages = {stage: {**found, "f1": 80.0 + place + seed} for stage, found in made.metrics.items()}
+            ranking = {"spearman": 0.1 * place, "overlap": 0.5, "negative": 0.0}
+            runs[name].append(replace(made, metrics={**stages, "ranking": ranking}))
+    return spec, runs
+
+
+def test_the_table_of_heads_shows_their_share_and_the_metric_of_the_spec(headed, tmp_path):
+    spec, runs = headed
+    csv, markdown = report.tables(spec, runs, tmp_path)
+    table = pd.read_csv(csv)
+    assert list(table["heads_pruned_mean"]) == [25.0, 50.0, 25.0, 50.0, 50.0]
+    assert list(table["selected_f1_mean"]) == [80.5, 81.5, 82.5, 83.5, 84.5]
+    assert "selected_accuracy_mean" not in table
+    assert "Test F1 of class 1, mean ± standard deviation" in markdown.read_text()
+
+
+@pytest.mark.usefixtures("importable")
+def test_heads_have_figures_of_their_own(headed, tmp_path, monkeypatch):
+    from paper_figs import accuracy_vs_params, heads, probes, style
+
+    spec, runs = headed
+    caught = {}
+    monkeypatch.setattr(style, "save", lambda made, stem: caught.setdefault(stem.name, made) and [stem])
+    assert accuracy_vs_params.draw(spec, runs, tmp_path) == probes.draw(spec, runs, tmp_path) == []
+    assert len(heads.draw(spec, runs, tmp_path)) == 3
+    lines = caught["headed-heads"].axes[1]
+    assert lines.get_legend_handles_labels()[1] == ["dense, 82.0 %", "hap", "random"]  # one point is no line
+    assert lines.get_ylabel() == "F1 (%)"
+    assert [list(line.get_ydata()) for line in lines.get_lines() if len(line.get_xdata()) == 2][1] == [81.5, 80.5]
+    kept = {
+        axis.get_title(loc="left"): axis.get_images()[0].get_array() for axis in caught["headed-heads-kept"].axes[:3]
+    }
+    assert kept["hap"].tolist() == [[1, 0.5, 0.5, 1], [1, 1, 0, 0]]
+    assert kept["random"].tolist() == [[0.5, 1, 0.5, 1], [0, 1, 0, 1]]
+    assert kept["implants"].tolist() == [[1, 0.5, 0.75, 1], [1, 1, 0, 0.5]]
+    labels = [label.get_text() for label in caught["headed-heads-ranking"].axes[0].get_yticklabels()]
+    assert labels == ["hap", "random"]  # the implants have hap's score
+    assert heads.draw(spec, {}, tmp_path) == []
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_spec_without_heads_has_no_figure_of_them(spec, runs, tmp_path):
+    from paper_figs import heads
+
+    assert heads.draw(spec, runs, tmp_path) == []
+
+
 def planned(spec, plans, **more):
     """Records of each case with these plans, a seed each: case -> list of {module: rows}."""
     return {

@@ -68,6 +68,8 @@ RECIPE = Recipe(epochs=3, lr=0.1, batch_size=20, schedule="cosine", warmup_epoch
         ("weight_decay", -1e-4),
         ("batch_size", 0),
         ("schedule", "triangle"),
+        ("optimiser", "sgd"),
+        ("clip", 0.0),
         ("warmup_epochs", 4.0),
     ],
 )
@@ -109,6 +111,64 @@ def test_the_loop_is_plain_sgd():
             optimiser.step()
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_adamw_is_that_of_torch_and_spares_biases_and_norms_with_gradients_clipped():
+    """The oracle is torch's unfused AdamW on two sets of parameters, and its clipping; it shares the batches.
+
+    Without BatchNorm, before which a bias has no gradient but noise, of which Adam makes steps.
+    """
+    recipe = replace(RECIPE, optimiser="adamw", lr=1e-2, weight_decay=0.3, clip=0.05, schedule="linear")
+    ours, theirs = (nn.Sequential(model[0], *model[2:]) for model in (net(), net()))
+    fit(ours, small(), recipe, rng=generator(3))
+    flat = [{"params": [p for p in theirs.parameters() if (p.dim() < 2) == spared]} for spared in (False, True)]
+    flat[1]["weight_decay"] = 0.0
+    optimiser = torch.optim.AdamW(flat, lr=0.0, weight_decay=0.3, foreach=False, fused=False)
+    rng, norms = generator(3), []
+    for number in range(3):
+        theirs.train()
+        for step, (inputs, targets) in enumerate(epoch(20, rng)):
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(recipe, number + step / 4, 1 / 4)
+            optimiser.zero_grad()
+            F.cross_entropy(theirs(inputs), targets).backward()
+            norms.append(float(nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)))
+            optimiser.step()
+    assert max(norms) > 0.05  # or nothing was clipped
+    assert any(p.dim() < 2 for p in theirs.parameters())
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def dropping():
+    """A network with dropout, whose masks come from torch's global stream."""
+    model = net()
+    return nn.Sequential(*model[:-1], nn.Dropout(0.3), model[-1])
+
+
+def test_dropout_is_of_the_seed_and_leaves_the_global_stream_alone():
+    ends, states = [], []
+    for noise, seed in ((5, 1), (6, 1), (5, 2)):
+        model, task = dropping(), small()
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        ends.append(fit(model, task, RECIPE, rng=generator(seed)).snapshots[-1])
+        states.append(torch.equal(before, torch.get_rng_state()))
+    assert all(states)
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert not all(torch.equal(value, ends[2][name]) for name, value in ends[0].items())
+
+
+def test_dropout_draws_new_masks_in_each_epoch(monkeypatch):
+    drawn, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda value: drawn.append(value) or seed(value))
+    fit(dropping(), small(), RECIPE, rng=generator(0))
+    assert len(set(drawn)) == RECIPE.epochs
+
+
+def test_the_epoch_is_selected_by_the_metric_of_the_task():
+    rows = [{"validation": {"accuracy": a, "f1": f, "loss": 0.1}} for a, f in ((9.0, 1.0), (8.0, 3.0), (7.0, 2.0))]
+    assert [Curve(rows, [], metric=metric).selected for metric in ("accuracy", "f1")] == [0, 1]
 
 
 def test_nothing_within_an_epoch_waits_for_the_device():
