@@ -103,7 +103,7 @@ def counting(model: nn.Module) -> Iterator[dict[int, int]]:
     def pack(t: Tensor) -> Tensor:
         if (place := t.untyped_storage().data_ptr()) not in own:
             held[place] = t.untyped_storage().nbytes()
-        return t
+        return t.detach()  # an op that saves what it wrote would hold itself, where Python cannot free it
 
     with saved_tensors_hooks(pack, lambda t: t):
         yield held

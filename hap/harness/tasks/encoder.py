@@ -1,7 +1,7 @@
 """An encoder of transformers, fine-tuned on a task of GLUE where its weights are not in the cache; knows no pruning."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hap import losses
+from hap import HapError, losses
 from hap.harness import recipe as recipes
 from hap.harness import stepping, training
 from hap.harness.tasks import Data, MissingData, Task, glue, text
@@ -86,7 +86,7 @@ def finetuned(
         attention,
         SMOKE if smoke else None,
         found.sha256,
-        _digest(model),
+        _digest(model, parts["train"]),
     ]
     whole = partial(text.epoch, parts["train"], pad=tokenizer.pad_token_id)
     learner = replace(made, train=whole, train_size=len(parts["train"].labels))
@@ -150,17 +150,29 @@ def loaded(source: Source, seed: int, attention: str = "sdpa") -> tuple[nn.Modul
         pinned = {} if source.revision is None else {"revision": source.revision}
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.place, **pinned)
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            model, told = transformers.AutoModelForSequenceClassification.from_pretrained(
                 source.place,
                 num_labels=2,
                 use_safetensors=True,
                 attn_implementation=attention,
                 dtype=torch.float32,
+                output_loading_info=True,
                 **pinned,
             )
-        except (OSError, ValueError) as error:  # not there, damaged, or a hub that is away
+        except Exception as error:  # not there, damaged, or a hub that is away: transformers lets through what it meets
             raise MissingData(f"{source.place}: a pretrained encoder expected (found {first_line(error)})") from None
+    _whole(source, model, tokenizer, told["missing_keys"])
     return model, tokenizer
+
+
+def _whole(source: Source, model: Any, tokenizer: Any, missing: Iterable[str]) -> None:
+    """HapError where transformers made up more than a head: it draws weights that it does not find, and goes on."""
+    body = f"{model.base_model_prefix}."
+    drawn = sorted(name for name in missing if name.startswith(body) and not name.startswith(f"{body}pooler."))
+    if drawn:
+        raise HapError(f"{source.place}: the weights of a whole encoder expected, found no {drawn[0]}")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise HapError(f"{source.place}: the vocabulary of its tokenizer expected, found none")
 
 
 @contextmanager
@@ -216,9 +228,9 @@ def _trained(task: Task, recipe: training.Recipe, seed: int, say: training.Say, 
     return Trained(training.snapshot(task.model), curve.notes)
 
 
-def _digest(model: nn.Module) -> str:
-    """The sha256 of the weights before training, which say what was downloaded or installed."""
+def _digest(model: nn.Module, train: text.Tokens) -> str:
+    """The sha256 of the weights before training and of its tokens, which say what was downloaded or installed."""
     total = sha256()
-    for name, value in training.snapshot(model).items():
+    for name, value in {**training.snapshot(model), "ids": train.ids.cpu(), "types": train.types.cpu()}.items():
         total.update(name.encode() + value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

@@ -88,6 +88,8 @@ def _table(file: Path, how: Layout) -> Sentences:
         raise MissingData(f"{file}: must be readable (found {error.strerror}); {SOURCE}") from None
     except UnicodeDecodeError as error:
         raise HapError(f"{file}: must be TSV in UTF-8 (found {first_line(error)})") from None
+    if not any(lines[how.header :]):
+        raise HapError(f"{file}: at least one line of data expected, found none")
     header = lines[0].removesuffix("\r").split("\t") if how.header else list(how.columns)
     if missing := [column for column in (*how.texts, how.label) if column not in header]:
         raise HapError(f"{file}: a column {missing[0]!r} expected, found {', '.join(header)}")
@@ -100,13 +102,11 @@ def _table(file: Path, how: Layout) -> Sentences:
             raise HapError(f"{file}: line {number}: a label of 0 or 1 expected, found {cells[at[how.label]]!r:.40}")
         texts.append(tuple(cells[at[column]].strip() for column in how.texts))
         labels.append(int(cells[at[how.label]]))
-    if not texts:
-        raise HapError(f"{file}: at least one line of data expected, found none")
     return Sentences(texts, labels)
 
 
 def _from_hub(name: str, how: Layout, folders: Sequence[Path]) -> list[Sentences]:
-    looked = ", ".join(str(folder) for folder in folders)
+    looked = ", ".join(str(folder.absolute()) for folder in folders)
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError:
@@ -116,7 +116,7 @@ def _from_hub(name: str, how: Layout, folders: Sequence[Path]) -> list[Sentences
     try:
         found = datasets.load_dataset(HUB, how.hub, revision=REVISION)
     except Exception as error:  # whatever a hub that is away makes it raise
-        why = f"{HUB} cannot be had: {type(error).__name__}: {first_line(error):.120}"
+        why = f"{HUB} cannot be had: {first_line(error)}"
         raise MissingData(f"GLUE {name}: not found; looked for {looked}; {why}") from None
     columns = HUB_TEXTS[len(how.texts)]
     parts = [found[part] for part in ("train", "validation")]

@@ -1,8 +1,10 @@
 """Tokens of sentences and batches of them: buckets, dynamic padding, GLUE's metrics; knows nothing of networks."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hap.harness.files import atomic_write, cache
+from hap.harness.tasks.data import digest
 from hap.harness.tasks.glue import Sentences
 
 BUCKET = 50  # batches that are sorted by length together
@@ -65,15 +68,13 @@ def tokens(sentences: Sentences, encode: Encode, vocabulary: bytes, length: int,
     """The tokens of sentences, cut at `length`; made once and kept under the sha256 of texts and vocabulary."""
     text = json.dumps([sentences.texts, length]).encode()
     file = cache() / f"tokens-{sha256(text + vocabulary).hexdigest()[:16]}.safetensors"
-    try:
-        kept = load(file.read_bytes())
-        ids, types, lengths = kept["ids"], kept["types"], kept["lengths"]
-    except (OSError, KeyError, SafetensorError):
+    kept = _undamaged(file)
+    if kept is None:
         pairs = encode(sentences.texts, length)
         ids, types = (torch.tensor([token for pair in pairs for token in pair[i]]) for i in range(2))
-        lengths = torch.tensor([len(pair[0]) for pair in pairs])
-        atomic_write(file, save({"ids": ids, "types": types, "lengths": lengths}))
-    return Tokens(ids, types, lengths, torch.tensor(sentences.labels), tuple(names))
+        kept = {"ids": ids, "types": types, "lengths": torch.tensor([len(pair[0]) for pair in pairs])}
+        atomic_write(file, save({**kept, "sha256": _sum(kept)}))
+    return Tokens(kept["ids"], kept["types"], kept["lengths"], torch.tensor(sentences.labels), tuple(names))
 
 
 def epoch(
@@ -120,5 +121,19 @@ def scores(found: Tensor, wanted: Tensor, classes: int) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     pair = wanted.cpu().numpy(), found.cpu().numpy()
-    more = {"f1": f1_score(*pair, zero_division=0), "matthews": matthews_corrcoef(*pair)} if classes == 2 else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that all samples are of one class, and are said to be
+        more = {"f1": f1_score(*pair, zero_division=0), "matthews": matthews_corrcoef(*pair)} if classes == 2 else {}
     return {name: 100 * float(value) for name, value in {"accuracy": accuracy_score(*pair), **more}.items()}
+
+
+def _undamaged(file: Path) -> dict[str, Tensor] | None:
+    try:
+        kept = load(file.read_bytes())
+        return kept if torch.equal(kept["sha256"], _sum(kept)) else None
+    except (OSError, KeyError, SafetensorError):
+        return None
+
+
+def _sum(kept: dict[str, Tensor]) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(digest([kept[name] for name in ("ids", "types", "lengths")]))))
