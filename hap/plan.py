@@ -53,6 +53,9 @@ class Plan:
         rank = (budget or {}).get("rank")
         whole, left = cost(groups, torch.full_like(fates, int(Fate.KEEP))), cost(groups, fates, rank)
         removed = {k: 1 - getattr(left, k) / max(1, getattr(whole, k)) for k in Cost._fields}
+        if "prunable" in (budget or {}):
+            least = cost(groups, torch.full_like(fates, int(Fate.DROP))).params
+            removed["prunable"] = (whole.params - left.params) / (whole.params - least)
         return Plan(rows, removed, budget or {})
 
     def fates(self, groups: Groups) -> Int[Tensor, "groups"]:

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -11,19 +11,28 @@ from hap import HapError
 
 def atomic_write(file: Path, content: bytes) -> None:
     """Writes `content` so that a reader, a crash or a full disk meets the old file or the new one, never a part."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    atomic_writes({file: content})
+
+
+def atomic_writes(contents: Mapping[Path, bytes]) -> None:
+    """Writes several files; a full disk leaves all as they were, for each is in its place only when all are written."""
+    temporary = {file: file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in contents}
+    file = next(iter(contents))
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
+        for file, content in contents.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with temporary[file].open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for file in contents:
+            os.replace(temporary[file], file)
     except OSError as error:
         raise HapError(f"{file}: cannot be written ({error.strerror}); what was there before is untouched") from None
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for left in temporary.values():
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
 
 
 def cache() -> Path:

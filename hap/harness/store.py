@@ -23,7 +23,7 @@ import hap.harness.run as procedure
 from hap import HapError
 from hap.harness.architecture import describe, fill, rebuild, tensors
 from hap.harness.binding import mistake, wrong
-from hap.harness.files import atomic_write, cache, locked
+from hap.harness.files import atomic_write, atomic_writes, cache, locked
 from hap.harness.run import Run
 from hap.harness.spec import Case, Spec
 from hap.harness.training import Say, silent
@@ -101,8 +101,7 @@ def save_model(model: nn.Module, original: nn.Module, folder: Path | str) -> Pat
         "sha256": sha256(content).hexdigest(),
         "architecture": architecture,
     }
-    atomic_write(weights, content)
-    atomic_write(record, (json.dumps(table, indent=1) + "\n").encode())
+    atomic_writes({weights: content, record: (json.dumps(table, indent=1) + "\n").encode()})
     return folder
 
 

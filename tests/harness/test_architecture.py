@@ -3,6 +3,7 @@
 import copy
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +186,27 @@ def test_a_config_of_another_class_than_transformers_is_refused():
 
     with pytest.raises(HapError, match="config: original_class must be a model of transformers, found 'eval'"):
         Pruned(PrunedConfig({}, "eval", {}))
+
+
+@pytest.mark.parametrize("full", ["model.safetensors", "model.json"])
+def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, monkeypatch, full):
+    """The disk is full at the first or the second file."""
+    small, _ = pruned("mlp")
+    before = load_model(save_model(small, fresh("mlp"), tmp_path), partial(fresh, "mlp"))
+    opened = Path.open
+
+    def no_space(self, *args, **kwargs):
+        if full in self.name:
+            raise OSError(28, "No space left on device")
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", no_space)
+    other, _ = pruned("mlp", seed=3)
+    with pytest.raises(HapError, match=rf"{full}: cannot be written \(No space left on device\)"):
+        save_model(other, fresh("mlp"), tmp_path)
+    monkeypatch.setattr(Path, "open", opened)
+    assert same(before, load_model(tmp_path, partial(fresh, "mlp")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
 
 
 def test_a_model_that_was_pruned_twice_comes_back(tmp_path):

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hap import losses
-from hap.harness import recipe, stepping, training
+from hap.harness import recipe as recipes
+from hap.harness import stepping, training
 from hap.harness.tasks import Data, MissingData, Task, digits_preresnet, encoder, text
 from hap.harness.tasks.cache import Trained, cached
 
@@ -42,17 +43,26 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def task(seed: int, *, samples: int = 128, batch: int = 64, say: training.Say = training.silent) -> Task:
-    """A BERT of 2 layers with 8 heads each, trained with this seed from scratch; `samples` for calibration."""
+def task(
+    seed: int, *, samples: int = 128, batch: int = 64, smoke: bool = False, say: training.Say = training.silent
+) -> Task:
+    """A BERT of 2 layers with 8 heads each, trained with this seed from scratch; `samples` for calibration.
+
+    `smoke`: as many digits as encoder.SMOKE has, and one epoch.
+    """
     parts, data = _sequences()
+    recipe = RECIPE
+    if smoke:
+        parts = {name: tokens.part(torch.arange(encoder.SMOKE[name])) for name, tokens in parts.items()}
+        samples, recipe = min(samples, encoder.SMOKE["calibration"]), replace(RECIPE, epochs=1)
     made = encoder.workload(
         "digits_bert", _network(seed), parts, data, seed,
         pad=0, samples=samples, batch=batch, train_samples=None, metric="accuracy", shown=LENGTH,
     )  # fmt: skip
     made = replace(made, threads=1)  # so small a network gains nothing from a second
-    decides = [CONFIG, RECIPE, data.sha256]
-    sources = [text, encoder, training, stepping, recipe, losses, sys.modules[__name__]]
-    found = cached(made.name, seed, decides, sources, partial(_trained, made, seed, say))
+    decides = [CONFIG, recipe, encoder.SMOKE if smoke else None, data.sha256]
+    sources = [text, encoder, training, stepping, recipes, losses, sys.modules[__name__]]
+    found = cached(made.name, seed, decides, sources, partial(_trained, made, recipe, seed, say))
     made.model.load_state_dict(found.weights)
     made.model.eval()
     return replace(made, notes=tuple(found.notes))
@@ -63,9 +73,9 @@ def ready(**options: object) -> Data:
     return digits_preresnet.ready()
 
 
-def _trained(task: Task, seed: int, say: training.Say, keep: Path) -> Trained:
+def _trained(task: Task, recipe: training.Recipe, seed: int, say: training.Say, keep: Path) -> Trained:
     rng = training.generator(seed, "train")
-    curve = training.fit(task.model, task, RECIPE, rng=rng, say=say, keep=keep, snapshots=False)
+    curve = training.fit(task.model, task, recipe, rng=rng, say=say, keep=keep, snapshots=False)
     return Trained(training.snapshot(task.model), curve.notes)
 
 
