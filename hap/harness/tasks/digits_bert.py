@@ -60,7 +60,7 @@ def task(
         pad=0, samples=samples, batch=batch, train_samples=None, metric="accuracy", shown=LENGTH,
     )  # fmt: skip
     made = replace(made, threads=1)  # so small a network gains nothing from a second
-    decides = [CONFIG, recipe, encoder.SMOKE if smoke else None, data.sha256]
+    decides = [CONFIG, recipe, encoder.SMOKE if smoke else None, data.sha256, encoder.version()]
     sources = [text, encoder, training, stepping, recipes, losses, sys.modules[__name__]]
     found = cached(made.name, seed, decides, sources, partial(_trained, made, recipe, seed, say))
     made.model.load_state_dict(found.weights)

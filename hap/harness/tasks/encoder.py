@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -65,6 +66,7 @@ def finetuned(
     place = source()
     model, tokenizer = loaded(place, seed, attention)
     parts, found = _splits(data, tokenizer, length, SMOKE if smoke else {"train": subset})
+    found = replace(found, note=f"{found.note}; encoder {name} sha256 {_digest(model.base_model)[:16]}, {version()}")
     recipe = _recipe(1 if smoke else epochs, lr, autocast)
     made = workload(
         f"{name}_{data}",
@@ -86,6 +88,7 @@ def finetuned(
         attention,
         SMOKE if smoke else None,
         found.sha256,
+        version(),
         _digest(model, parts["train"]),
     ]
     whole = partial(text.epoch, parts["train"], pad=tokenizer.pad_token_id)
@@ -139,7 +142,7 @@ def logits(model: nn.Module, inputs: Any) -> Tensor:
     return model(**inputs).logits  # type: ignore[no-any-return]
 
 
-def loaded(source: Source, seed: int, attention: str = "sdpa") -> tuple[nn.Module, Any]:
+def loaded(source: Source, seed: int, attention: str = "sdpa") -> tuple[Any, Any]:
     """The pretrained encoder with a head for two classes that the seed draws, and its tokenizer."""
     try:
         import transformers
@@ -228,9 +231,14 @@ def _trained(task: Task, recipe: training.Recipe, seed: int, say: training.Say, 
     return Trained(training.snapshot(task.model), curve.notes)
 
 
-def _digest(model: nn.Module, train: text.Tokens) -> str:
+def version() -> str:
+    """That of transformers, whose code a forward pass is."""
+    return f"transformers {metadata.version('transformers')}"
+
+
+def _digest(model: nn.Module, train: text.Tokens | None = None) -> str:
     """The sha256 of the weights before training and of its tokens, which say what was downloaded or installed."""
-    total = sha256()
-    for name, value in {**training.snapshot(model), "ids": train.ids.cpu(), "types": train.types.cpu()}.items():
+    total, tokens = sha256(), {} if train is None else {"ids": train.ids.cpu(), "types": train.types.cpu()}
+    for name, value in {**training.snapshot(model), **tokens}.items():
         total.update(name.encode() + value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
