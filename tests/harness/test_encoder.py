@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoders import DEV, HEADS, SPECIAL, TRAIN, WORDS, saved, sentence
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -19,67 +20,13 @@ from hap.harness import doctor, scoring, training
 from hap.harness.binding import Ref, resolve
 from hap.harness.run import run
 from hap.harness.spec import Case
-from hap.harness.tasks import MissingData, encoder, glue, glue_bert, glue_minilm, glue_roberta
+from hap.harness.tasks import MissingData, encoder, glue_bert, glue_minilm, glue_roberta
 from hap.harness.training import Recipe, generator
 from hap.heads import heads
 from hap.plan import Budget
 from hap.tracing import trace
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: no encoder can be made")
-
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = ["good", "fine", "bad", "poor", *(f"w{i}" for i in range(16))]
-TRAIN, DEV = 90, 24
-HEADS = 4
-
-
-def sentence(number):
-    """A sentence that no other is like, and its label, which the second word decides."""
-    label = number % 2
-    filler = [f"w{(number * 7 + i) % 16}" for i in range(number % 9)]
-    # the number in base 16, so that no two are alike
-    return " ".join([f"w{number % 16}", WORDS[number % 4 // 2 + 2 * label], f"w{number // 16}", *filler]), label
-
-
-def rows(numbers, name):
-    found = [sentence(number) for number in numbers]
-    if name == "MRPC":
-        lines = [f"{label}\t{i}\t{i}\t{text}\tw1 {text}" for i, (text, label) in enumerate(found)]
-        return "\n".join(["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *lines, ""])
-    if name == "CoLA":
-        return "\n".join([*(f"x\t{label}\t\t{text}" for text, label in found), ""])
-    return "\n".join(["sentence\tlabel", *(f"{text}\t{label}" for text, label in found), ""])
-
-
-@pytest.fixture(scope="session")
-def sentences(tmp_path_factory):
-    """A folder laid out as $HAP_DATA, with the three tasks of GLUE in small."""
-    root = tmp_path_factory.mktemp("data")
-    for name in glue.TASKS:
-        folder = root / "glue" / name
-        folder.mkdir(parents=True)
-        (folder / "train.tsv").write_text(rows(range(TRAIN), name))
-        (folder / "dev.tsv").write_text(rows(range(TRAIN, TRAIN + DEV), name))
-    return root
-
-
-def saved(folder, model, tokenizer):
-    with encoder.quiet():
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory):
-    """The folder of a BERT with words of its own, as it comes out of pretraining, without a head."""
-    words = {word: i for i, word in enumerate(SPECIAL + WORDS)}
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 32}
-    config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=48, initializer_range=0.2, **sizes)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.BertModel(config)
-    return saved(tmp_path_factory.mktemp("bert"), model, transformers.BertTokenizerFast(vocab=words))
 
 
 @pytest.fixture(scope="session")
