@@ -1,4 +1,4 @@
-"""Our specs go through every stage on made-up images and sentences; of networks that share cases, one does all of them."""
+"""Our specs go through every stage on made-up images and sentences; of networks with the same cases, one does all."""
 
 from pathlib import Path
 
