@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hap import HapError, cost
+from hap.bridge import Passing
 from hap.groups import Groups
 from hap.implants import zero
 from hap.layers import Call, forward
@@ -94,6 +95,29 @@ def check_implant(implant: Implant, module: nn.Module, x: Tensor) -> None:
             raise HapError(f"check_implant: output of shape {shape} expected, found {tuple(found)}")
     if any(not torch.equal(value, before[name]) for name, value in module.state_dict().items()):
         raise HapError("check_implant: the module was changed; build a new one")
+
+
+@torch.no_grad()
+def check_head_implant(implant: Implant, module: nn.Linear, x: Tensor, c: Tensor, rank: int = 2) -> None:
+    """Whether an implant of heads maps positions of `x` to what `module` adds for some slots of `c`, within its rank.
+
+    `x`: [positions, slots], what the heads read; `c`: [positions, columns], what the module behind them reads.
+    """
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    passing = Passing(lambda: iter([(x, c)]), x.shape[1], rank, module.bias is not None)
+    for slots in (torch.tensor([0]), torch.arange(c.shape[1])):
+        made = implant(module, slots, passing)
+        try:
+            found = tuple(made(x).shape)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise HapError(f"check_head_implant: it does not run ({str(error).splitlines()[0]})") from error
+        if found != (len(x), module.out_features):
+            raise HapError(f"check_head_implant: {(len(x), module.out_features)} numbers expected, found {found}")
+        weights, most = sum(p.numel() for p in made.parameters() if p.dim() > 1), rank * (x.shape[1] + found[1])
+        if weights > most:
+            raise HapError(f"check_head_implant: at most the {most} weights of rank {rank} expected, found {weights}")
+    if any(not torch.equal(value, before[name]) for name, value in module.state_dict().items()):
+        raise HapError("check_head_implant: the module was changed; build a new one")
 
 
 def _numbers(output: Any) -> Tensor:

@@ -6,10 +6,10 @@ from cases import SMALL, build
 from torch import nn
 
 from hap import CrossEntropy, HapError, couple, declare, testing, trace
-from hap.implants import centre_tap
+from hap.implants import centre_tap, low_rank, mean, zero
 from hap.methods import magnitude
 from hap.plan import Fate
-from hap.testing import check_groups, check_implant, check_score, random_plan
+from hap.testing import check_groups, check_head_implant, check_implant, check_score, random_plan
 
 
 def setting(name="residual", how="union"):
@@ -185,3 +185,39 @@ def test_a_random_plan_keeps_a_row_of_every_layer_and_has_the_shares_asked_for()
             assert not (of >= 0).all() or (fates[of] == Fate.KEEP).any()
     untouched = random_plan(groups, torch.Generator(), 0.0, 0.0)
     assert set("".join(untouched.rows.values())) == {"#"}
+
+
+def heads_of(implant, **changes):
+    """Checks an implant of heads on a layer of four slots behind, and five numbers read before."""
+    torch.manual_seed(0)
+    check_head_implant(implant, nn.Linear(4, 3), torch.randn(20, 5), torch.randn(20, 4), **changes)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("implant", [zero, mean, low_rank])
+def test_our_implants_of_heads_pass(implant, rank):
+    heads_of(implant, rank=rank)
+
+
+def through(out, rank=2):
+    return lambda module, slots, inputs: nn.Sequential(nn.Linear(inputs.slots, rank), nn.Linear(rank, out))
+
+
+def spoiling(module, slots, inputs):
+    with torch.no_grad():
+        module.weight.zero_()
+    return zero(module, slots, inputs)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (through(4), r"\(20, 3\) numbers expected, found \(20, 4\)"),
+        (through(3, 5), "at most the 16 weights of rank 2 expected, found 40"),
+        (lambda module, slots, inputs: nn.Linear(4, 3), "check_head_implant: it does not run"),
+        (spoiling, "the module was changed"),
+    ],
+)
+def test_a_faulty_implant_of_heads_is_named(fault, says):
+    with pytest.raises(HapError, match=says):
+        heads_of(fault)
