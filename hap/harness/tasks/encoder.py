@@ -59,10 +59,8 @@ def finetuned(
     fine-tuning after pruning, drawn anew each epoch. `subset`: all training is on so many samples, the same for all
     seeds. `length`: in tokens, at most. `attention`: "sdpa" or "eager".
     """
-    limits = {"train_samples": train_samples, "subset": subset}
-    given = {name: value for name, value in limits.items() if value is not None}
-    positive(samples=samples, batch=batch, epochs=epochs, length=length, **given)
-    how = glue.layout(data)
+    given = {"samples": samples, "batch": batch, "train_samples": train_samples, "subset": subset, "epochs": epochs}
+    positive(length=length, **{name: value for name, value in given.items() if value is not None})
     place = source()
     model, tokenizer = loaded(place, seed, attention)
     parts, found = _splits(data, tokenizer, length, SMOKE if smoke else {"train": subset})
@@ -78,19 +76,10 @@ def finetuned(
         samples=min(samples, SMOKE["calibration"]) if smoke else samples,
         batch=batch,
         train_samples=train_samples,
-        metric=how.metric,
+        metric=glue.layout(data).metric,
     )
-    decides = [
-        place.revision,
-        recipe,
-        subset,
-        length,
-        attention,
-        SMOKE if smoke else None,
-        found.sha256,
-        version(),
-        _digest(model, parts["train"]),
-    ]
+    digests = [found.sha256, _digest(model, parts["train"]), version()]
+    decides = [place.revision, recipe, subset, length, attention, SMOKE if smoke else None, *digests]
     whole = partial(text.epoch, parts["train"], pad=tokenizer.pad_token_id)
     learner = replace(made, train=whole, train_size=len(parts["train"].labels))
     trained = cached(made.name, seed, decides, SOURCES, partial(_trained, learner, recipe, seed, say))
