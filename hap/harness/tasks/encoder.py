@@ -61,7 +61,7 @@ def finetuned(
     """
     given = {"samples": samples, "batch": batch, "train_samples": train_samples, "subset": subset, "epochs": epochs}
     positive(length=length, **{name: value for name, value in given.items() if value is not None})
-    place = source()
+    metric, place = glue.layout(data).metric, source()
     model, tokenizer = loaded(place, seed, attention)
     parts, found = _splits(data, tokenizer, length, SMOKE if smoke else {"train": subset})
     found = replace(found, note=f"{found.note}; encoder {name} sha256 {_digest(model.base_model)[:16]}, {version()}")
@@ -76,7 +76,7 @@ def finetuned(
         samples=min(samples, SMOKE["calibration"]) if smoke else samples,
         batch=batch,
         train_samples=train_samples,
-        metric=glue.layout(data).metric,
+        metric=metric,
     )
     digests = [found.sha256, _digest(model, parts["train"]), version()]
     decides = [place.revision, recipe, subset, length, attention, SMOKE if smoke else None, *digests]
