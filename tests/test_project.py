@@ -160,6 +160,21 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+def test_the_example_on_heads_of_the_readme_runs_and_saves(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "bert.py").write_text(_block(README, "bert.py"))
+    command = [sys.executable, "bert.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=_environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    heads, before, after = map(int, done.stdout.split()[-3:])
+    width, head = 48, 4
+    assert heads == 144
+    # rows of queries, keys and values with their biases, and the columns that read them
+    prunable = heads * (4 * width * head + 3 * head)
+    assert 0.6 <= (before - after) / prunable < 0.6 + 2 / heads
+    assert sorted(file.name for file in (tmp_path / "small-bert").iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_the_library_example_of_the_readme_runs(kept: tuple[Path, str]) -> None:
     before, after, _ = map(int, kept[1].split("\n")[0].split())
     assert 0.49 < 1 - after / before < 0.51
