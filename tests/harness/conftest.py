@@ -1,9 +1,19 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from encoders import DEV, HEADS, SPECIAL, TRAIN, WORDS, rows, saved
 
 CHECKOUT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> Iterator[None]:
+    """What a run remembers of a dense model within a process, the next test must not find."""
+    from hap.harness import scoring
+
+    yield
+    scoring._KNOWN.clear()
 
 
 @pytest.fixture(scope="session")
