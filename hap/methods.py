@@ -5,6 +5,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -39,6 +40,7 @@ def hessian_trace(
     share: float | None = None,
     probes: int = 300,
     block: bool = False,
+    normalise: bool = False,
     confidence: float | None = None,
     pruned: Pruned | None = None,
     halves: Callable[[Tensor], object] | None = None,
@@ -46,34 +48,37 @@ def hessian_trace(
     """The loss that dropping a group costs to second order, its block of H replaced by its mean curvature.
 
     s = Tr(H_pp) / (2 p) * ||w_p||^2, with p the number of weights of the group [Yu22, sec. 3]. `columns` and `share`
-    as in `exact`; `probes` and `block` as in `hutchinson`. `pruned`: what the chosen budget prunes by given scores; a
-    warning where the even and the odd probes do not agree on it, and with `confidence` no more probes once they agree
-    on this share. `halves`: takes the scores of either half instead of the warning. # upstream: 3 probes by default,
-    and no 1/2, which changes no ranking.
+    as in `exact`; `probes` and `block` as in `hutchinson`. `normalise`: within each layer, as `michel` is, or a global
+    order would empty the last layers of a transformer, of which one position counts. # paper: no word of it. `pruned`:
+    what the chosen budget prunes by given scores; a warning where the even and the odd probes do not agree on it, and
+    with `confidence` no more probes once they agree on this share. `halves`: takes the scores of either half instead of
+    the warning. # upstream: 3 probes by default, and no 1/2, which changes no ranking.
     """
     scale = groups.reduce(_weights(model, groups, lambda w: w.square())).cpu() / (2 * _size(model, groups))
     # of heads the weights are few among all, and their columns count; of channels all are measured
     names, per = (None, "row") if groups.slot_group is None else (groups.weights(), "weight")
+    within = partial(_within_layers, groups) if normalise else _as_it_is
+    seen = None if pruned is None else lambda scores: pruned(within(scores))
     if curvature == "exact":
         how: dict[str, Any] = {"columns": columns, "share": share, "of": names or "weights", "per": per}
         found = exact(model, loss, batches, groups, rng=rng, **how)
     elif curvature == "hutchinson":
-        until = _agreeing(scale, pruned, confidence)
+        until = _agreeing(scale, seen, confidence)
         found = hutchinson(model, loss, batches, groups, probes=probes, rng=rng, names=names, block=block, until=until)
     else:
         raise HapError(f"hessian_trace: curvature 'exact' or 'hutchinson' expected, found {curvature!r}")
     assert found.trace is not None
     if found.halves is not None and halves is not None:
-        halves(found.halves * scale)
-    elif found.halves is not None and pruned is not None:
-        agreed = agree(*(pruned(half * scale) for half in found.halves))
+        halves(torch.stack([within(half * scale) for half in found.halves]))
+    elif found.halves is not None and seen is not None:
+        agreed = agree(*(seen(half * scale) for half in found.halves))
         if agreed < (confidence or DETERMINED):
             warnings.warn(
                 f"hessian_trace: {found.probes} probes do not determine what is pruned: their halves agree on "
                 f"{agreed:.0%} of it",
                 stacklevel=2,
             )
-    return found.trace * scale
+    return within(found.trace * scale)
 
 
 def agree(one: Bool[Tensor, "groups"], other: Bool[Tensor, "groups"]) -> float:
@@ -150,10 +155,7 @@ def michel(
     if not count.any():
         raise HapError("michel: calibration batches expected, and a group that is read alone, found none")
     scores = total / count.clamp_min(1)
-    for group in readers.values() if normalise else ():
-        mine = torch.unique(group[group >= 0])
-        scores[mine] /= scores[mine].norm() + 1e-20
-    return scores
+    return _within_layers(groups, scores) if normalise else scores
 
 
 def ablation(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator) -> Scores:
@@ -201,6 +203,20 @@ def uniform(
         layer = ((row >= s.first_row) & (row < s.first_row + s.rows)).nonzero()[:, 0]
         ranks[layer] = (scores[layer].argsort().argsort() + 0.5).to(ranks) / max(1, len(layer))
     return ranks
+
+
+def _within_layers(groups: Groups, scores: Scores) -> Scores:
+    """Divided by the root of the sum of squares over the groups of a layer, the first that reads them alone."""
+    of, layer = slot_groups(groups), torch.full((len(groups),), len(groups.shapes))
+    for i, s in reversed(list(enumerate(groups.shapes.values()))):
+        reads = of[s.slots_at]
+        layer[reads[reads >= 0]] = i
+    squares = torch.zeros(len(groups.shapes) + 1, dtype=scores.dtype).index_add_(0, layer, scores.square())
+    return scores / (squares.sqrt() + 1e-20)[layer]
+
+
+def _as_it_is(scores: Scores) -> Scores:
+    return scores
 
 
 def _weights(model: nn.Module, groups: Groups, function: Any) -> dict[str, Tensor]:

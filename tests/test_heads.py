@@ -5,6 +5,7 @@ The heads that are expected come from the names that layers have in each archite
 
 import copy
 import math
+import warnings
 from functools import cache, partial
 
 import pytest
@@ -566,3 +567,28 @@ def test_a_rank_for_groups_that_are_no_heads_is_refused_in_one_line():
     with pytest.raises(HapError, match="heads expected for implants of rank 1, found groups of rows; see") as refusal:
         plan(groups, torch.rand(len(groups)), budget)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("curvature", ["exact", "hutchinson"])
+def test_the_hessian_score_within_layers_has_norm_one_in_each_and_the_same_order(curvature):
+    model, example, groups = setting()
+    options = {"curvature": curvature, "probes": 4}
+    plain, within = (
+        score(partial(hessian_trace, normalise=normalise, **options), model, groups, batches(example))
+        for normalise in (False, True)
+    )
+    for one, other in zip(plain.view(2, -1), within.view(2, -1), strict=True):  # two layers
+        assert float(other.norm()) == pytest.approx(1, rel=1e-5)
+        torch.testing.assert_close(other * one.norm(), one)
+
+
+def test_what_is_pruned_by_halves_is_asked_with_normalised_scores():
+    model, example, groups = setting()
+    asked, halves = [], []
+    for offered in ({"pruned": lambda found: asked.append(found) or found > found.median()}, {"halves": halves.append}):
+        method = partial(hessian_trace, curvature="hutchinson", probes=4, normalise=True, **offered)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            score(method, model, groups, batches(example))
+    assert torch.equal(torch.stack(asked), halves[0])
+    assert halves[0].view(2, 2, -1).norm(dim=-1).flatten().tolist() == pytest.approx([1] * 4, rel=1e-5)
