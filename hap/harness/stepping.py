@@ -1,5 +1,7 @@
-"""From a batch to gradients: precision, compilation, micro-batches and distillation; does not know epochs or files."""
+"""From a batch to a step: precision, compilation, micro-batches, distillation, dropout, optimiser; knows no epochs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -108,6 +110,41 @@ class Stepper:
             for buffer, before in buffers:
                 buffer.copy_(before)
         return compiled
+
+
+def optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimiser of a recipe, fused."""
+    if recipe.optimiser is None:
+        chosen: dict[str, Any] = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+        return torch.optim.SGD(model.parameters(), lr=recipe.lr, fused=True, weight_decay=recipe.weight_decay, **chosen)
+    spared = [p for p in model.parameters() if p.dim() < 2]  # biases, and scale and shift of norms
+    rest = [p for p in model.parameters() if p.dim() >= 2]
+    groups = [{"params": rest, "weight_decay": recipe.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, fused=True)
+
+
+@contextmanager
+def dropping(model: nn.Module, rng: torch.Generator) -> Iterator[None]:
+    """Dropout draws from torch's global stream: inside it is seeded by `rng`, and outside as it was."""
+    if not any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=rng))
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """The same numbers each time on one machine, float32 where they say so: no TF32, no algorithm chosen by timing."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 def distillation(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:

@@ -27,7 +27,8 @@ from hap.harness.events import silent as silent
 from hap.harness.provenance import code, environment
 from hap.harness.recipe import Recipe as Recipe
 from hap.harness.recipe import learning_rate as learning_rate
-from hap.harness.stepping import LEAST, Stepper, memory_ran_out
+from hap.harness.stepping import LEAST, Stepper, dropping, memory_ran_out, optimiser
+from hap.harness.stepping import exactly as exactly
 from hap.harness.tasks import Task
 
 
@@ -226,41 +227,6 @@ class _Trainer:
             loss = self.task.loss(self.model, (inputs, targets))
             total, samples = total.to(loss.device) + loss * len(targets), samples + len(targets)
         return float(total) / samples, 0.0
-
-
-def optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimiser of a recipe, fused."""
-    if recipe.optimiser is None:
-        chosen: dict[str, Any] = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-        return torch.optim.SGD(model.parameters(), lr=recipe.lr, fused=True, weight_decay=recipe.weight_decay, **chosen)
-    spared = [p for p in model.parameters() if p.dim() < 2]  # biases, and scale and shift of norms
-    rest = [p for p in model.parameters() if p.dim() >= 2]
-    groups = [{"params": rest, "weight_decay": recipe.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, fused=True)
-
-
-@contextmanager
-def dropping(model: nn.Module, rng: torch.Generator) -> Iterator[None]:
-    """Dropout draws from torch's global stream: inside it is seeded by `rng`, and outside as it was."""
-    if not any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
-        yield
-        return
-    seed = int(torch.randint(2**62, (), generator=rng))
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def exactly() -> Iterator[None]:
-    """The same numbers each time on one machine, float32 where they say so: no TF32, no algorithm chosen by timing."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
-    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 def snapshot(model: nn.Module) -> State:
