@@ -44,6 +44,7 @@ def hessian_trace(
     confidence: float | None = None,
     pruned: Pruned | None = None,
     halves: Callable[[Tensor], object] | None = None,
+    merge: Callable[[Curvature], Curvature] | None = None,
 ) -> Scores:
     """The loss that dropping a group costs to second order, its block of H replaced by its mean curvature.
 
@@ -52,7 +53,8 @@ def hessian_trace(
     order would empty the last layers of a transformer, of which one position counts. # paper: no word of it. `pruned`:
     what the chosen budget prunes by given scores; a warning where the even and the odd probes do not agree on it, and
     with `confidence` no more probes once they agree on this share. `halves`: takes the scores of either half instead of
-    the warning. # upstream: 3 probes by default, and no 1/2, which changes no ranking.
+    the warning. `merge`: makes the curvature of all batches of that of these, where others measure the rest.
+    # upstream: 3 probes by default, and no 1/2, which changes no ranking.
     """
     scale = groups.reduce(_weights(model, groups, lambda w: w.square())).cpu() / (2 * _size(model, groups))
     # of heads the weights are few among all, and their columns count; of channels all are measured
@@ -67,6 +69,7 @@ def hessian_trace(
         found = hutchinson(model, loss, batches, groups, probes=probes, rng=rng, names=names, block=block, until=until)
     else:
         raise HapError(f"hessian_trace: curvature 'exact' or 'hutchinson' expected, found {curvature!r}")
+    found = found if merge is None else merge(found)
     assert found.trace is not None
     if found.halves is not None and halves is not None:
         halves(torch.stack([within(half * scale) for half in found.halves]))

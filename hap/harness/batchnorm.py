@@ -1,14 +1,17 @@
-"""What can be done about BatchNorm before and after surgery: fold it for scoring, renew its statistics; no training."""
+"""What can be done about BatchNorm: fold it for scoring, renew its statistics, take them over ranks; no training."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hap.groups import Groups
+from hap.harness import ranks
 from hap.layers import Call, evaluating
 from hap.losses import Batches, Loss
 from hap.methods import Scores, hessian_trace
@@ -62,3 +65,43 @@ def folded(model: nn.Module, groups: Groups) -> nn.Module:
             if behind.weight is not None:
                 behind.weight.fill_(1.0)
     return model
+
+
+@contextmanager
+def synchronised(model: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm in train mode takes its statistics over the samples of all ranks, on any device.
+
+    So a training does not depend on the number of ranks, beyond rounding. torch's SyncBatchNorm does the same on GPUs
+    alone, and is another class of module, which a saved model would have to become again.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)] if ranks.world() > 1 else []
+    for norm in norms:
+        norm.__dict__["forward"] = partial(_normalised, norm)  # in place of the method of its class
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.__dict__["forward"]
+
+
+def _normalised(norm: _BatchNorm, x: Tensor) -> Tensor:
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    wide = x.float()  # also where the convolutions run in bfloat16
+    add = ranks.summed_with_gradient
+    count = add(wide.new_tensor(x.numel() / max(x.shape[1], 1)))
+    mean = add(wide.sum(axes)) / count
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    centred = wide - mean.view(shape)
+    variance = add(centred.square().sum(axes)) / count
+    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean.to(norm.running_mean), share)
+            norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), share)
+    scaled = centred * (variance + norm.eps).rsqrt().view(shape)
+    if norm.affine:
+        scaled = scaled * norm.weight.view(shape) + norm.bias.view(shape)
+    return scaled.to(x.dtype)

@@ -101,7 +101,7 @@ def smoke(case: Case) -> Case:
 
     Its key is that of the full case only where there was nothing to shrink.
     """
-    refs = {role: _few(ref) for role in ("score", "reference", "method") if (ref := getattr(case, role)) is not None}
+    refs = {role: few(ref)[1] for role in ("score", "reference", "method") if (ref := getattr(case, role)) is not None}
     task, finetune = case.task, case.finetune
     if "smoke" in _options(task):
         options = {name: value for name, value in task.options.items() if name != "compile"}
@@ -124,11 +124,12 @@ def _inherit(name: str, cases: Mapping[str, CaseTable], heirs: tuple[str, ...] =
     return {**given, **own}
 
 
-def _few(ref: Ref) -> Ref:
+def few(ref: Ref) -> tuple[float, Ref]:
+    """A function with few probes, and how many times as many it has."""
     probes = {**_options(ref), **ref.options}.get("probes")
     if not isinstance(probes, int) or probes <= SMOKE_PROBES:
-        return ref
-    return ref.model_copy(update={"options": {**ref.options, "probes": SMOKE_PROBES}})
+        return 1.0, ref
+    return probes / SMOKE_PROBES, ref.model_copy(update={"options": {**ref.options, "probes": SMOKE_PROBES}})
 
 
 def _options(ref: Ref) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from hap import HapError
 
 if TYPE_CHECKING:
     from hap.harness.judge import Verdict
-    from hap.harness.spec import Case, Spec
+    from hap.harness.spec import Spec
 
 FOLDER = Path("reproductions")
 COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "ABSENT": "yellow"}
@@ -42,14 +43,17 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **options)
         except HapError as error:
-            typer.echo(f"hap: {error}", err=True)
+            _complain(error)
             raise typer.Exit(2) from None
         except (RuntimeError, MemoryError) as error:
+            from hap.harness import ranks
             from hap.harness.stepping import memory_ran_out
 
-            if isinstance(error, RuntimeError) and not memory_ran_out(error):
+            memory = isinstance(error, MemoryError) or memory_ran_out(error)
+            if not memory and not ranks.lost(error):
                 raise
-            typer.echo(f"hap: memory ran out ({' '.join(str(error).split()):.120}); {KEPT}", err=True)
+            what = "memory ran out" if memory else f"rank {os.environ.get('RANK')}: another rank ended"
+            typer.echo(f"hap: {what} ({' '.join(str(error).split()):.120}); {KEPT}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo(f"\nhap: interrupted; {KEPT}", err=True)
@@ -84,9 +88,11 @@ def run(
     case: Annotated[str | None, typer.Option(help="Only this case.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Make evidence anew where it exists.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Rehearse: all stages, few images, nothing kept.")] = False,
+    slurm: Annotated[list[str] | None, typer.Option(help="By jobs: partition=P,gpus=1,...; or cluster=local.")] = None,
     results: Results = None,
 ) -> None:
-    """Make the evidence that is missing, judge it, write the report."""
+    """Make the evidence that is missing, judge it, write the report; under torchrun, on several GPUs at once."""
+    from hap.harness import fanout, making
     from hap.harness.spec import load_spec
 
     if not specs and tier is None:
@@ -95,12 +101,66 @@ def run(
     chosen = {path: spec for path, spec in chosen.items() if tier in (None, spec.tier)}
     if not chosen:
         raise HapError(f"--tier {tier}: no spec is of this tier")
-    if smoke:
-        return _rehearse(chosen, case)
-    for path, spec in chosen.items():
-        _make(spec, _cases(spec, case), _results(path, results), again, skip=len(chosen) > 1)
-    failed = [_close(path, spec, _results(path, results)) for path, spec in chosen.items()]
+    jobs = fanout.options(slurm) if slurm else None
+    if smoke and jobs:
+        raise HapError("--smoke: rehearses here, and not with --slurm")
+    with _joined() as alone:
+        if smoke:
+            return making.rehearse(chosen, case, out)
+        there = {path: _results(path, results) for path in chosen}
+        if jobs:
+            making.by_jobs(chosen, case, there, jobs, again, out)
+        for path, spec in chosen.items() if not jobs else ():
+            asked = making.cases(spec, case)
+            making.make(spec, asked, there[path], out, again=again, skip=len(chosen) > 1)
+        failed = alone(lambda: [_close(path, spec, there[path]) for path, spec in chosen.items()])
     raise typer.Exit(int(any(failed)))
+
+
+@app.command()
+@_told
+def record(
+    spec: Annotated[Path, typer.Argument(help="The file of a spec.")],
+    case: Annotated[str, typer.Argument(help="The whole name of a case.")],
+    seed: Annotated[int, typer.Argument(help="One of its seeds.")],
+    again: Annotated[bool, typer.Option("--again", help="Make it anew where it exists.")] = False,
+    results: Results = None,
+) -> None:
+    """Make the record of one case and one seed and nothing else: what a job of `run --slurm` does."""
+    from hap.harness import making
+    from hap.harness.spec import load_spec
+
+    found = load_spec(spec)
+    if case not in found.cases or seed not in found.seeds:
+        raise HapError(f"{spec}: a case and a seed of this spec expected, found {case} and {seed}")
+    with _joined():
+        one = found.model_copy(update={"seeds": (seed,)})
+        making.make(one, [found.cases[case]], _results(spec, results), out, again=again)
+
+
+@app.command("cost")
+@_told
+def cost_specs(
+    specs: Names = None,
+    devices: Annotated[str, typer.Option(help="For how many devices to tell the hours.")] = "1,8,64",
+    tflops: Annotated[float | None, typer.Option(help="That a device sustains, in place of what was timed.")] = None,
+) -> None:
+    """Time a few real steps of each stage; tell the hours, steps, FLOPs, GPU memory and disk of a whole spec."""
+    from hap.harness import bill
+    from hap.harness.estimate import estimate
+    from hap.harness.spec import load_spec
+
+    several = bill.counts(devices)
+    if tflops is not None and not tflops > 0:
+        raise HapError(f"--tflops: a number above 0 expected, found {tflops:g}")
+    if not specs:
+        raise HapError(f"name a spec: {', '.join(path.stem for path in _paths(['all']))} or all")
+    for path in _paths(specs):
+        with out.status(path.stem) as status:
+            found = estimate(load_spec(path), status.update)
+        out.print(bill.table(found))
+        for line in bill.lines(found, several, tflops):
+            _say(line)
 
 
 @app.command("judge")
@@ -150,42 +210,14 @@ def _results(spec: Path, given: Path | None) -> Path:
     return given if given is not None else spec.absolute().parent.parent / "results"
 
 
-def _cases(spec: "Spec", name: str | None) -> list["Case"]:
-    cases = [case for case in spec.cases.values() if name in (None, case.name, case.name.split("@")[0])]
-    if not cases:
-        raise HapError(f"--case {name}: must be a case of {spec.name}, one of {', '.join(spec.cases)}")
-    return cases
+@contextmanager
+def _joined() -> "Iterator[Callable[[Callable[[], Any]], Any]]":
+    """Inside, this is one of the processes that torchrun started, if it did; gives what rank 0 does alone."""
+    from hap.harness import ranks
 
-
-def _make(spec: "Spec", cases: list["Case"], results: Path, again: bool, skip: bool) -> None:
-    from hap.harness import store
-    from hap.harness.progress import progress
-    from hap.harness.spec import require
-    from hap.harness.tasks import MissingData
-
-    pairs = [(case, seed) for case in cases for seed in spec.seeds]
-    with progress(spec.name, len(pairs), out) as step:
-        for case, seed in pairs:
-            try:
-                if again or not store.path(results, case, seed).exists():
-                    require(spec)
-                with step(f"{case.name} seed {seed}") as say:
-                    store.ensure(case, seed, results, again=again, say=say)
-            except MissingData as error:
-                if not skip:
-                    raise
-                _say(f"{spec.name} is left out: {error}")
-                return
-
-
-def _rehearse(chosen: "dict[Path, Spec]", case: str | None) -> None:
-    from hap.harness.rehearsal import rehearsal
-
-    for path, spec in chosen.items():
-        asked = {each.name: each for each in _cases(spec, case)}
-        with rehearsal(spec.model_copy(update={"cases": asked}), path.absolute().parent.parent) as (small, folder):
-            _make(small, _cases(small, None), folder, again=False, skip=len(chosen) > 1)
-        _say(f"{spec.name}: went through every stage; nothing of it is kept")
+    with ranks.joined():
+        out.quiet = ranks.rank() > 0
+        yield ranks.shared
 
 
 def _close(path: Path, spec: "Spec", results: Path) -> bool:
@@ -216,6 +248,17 @@ def _tell(verdict: "Verdict") -> None:
     for note in [*notes, f"known: {verdict.claim.known}" if verdict.claim.known else ""]:
         if note:
             _say(f"             {note}")
+
+
+def _complain(error: HapError) -> None:
+    if os.environ.get("RANK"):  # of several processes, one says it
+        from hap.harness import ranks
+
+        line = ranks.line(error)
+    else:
+        line = str(error)
+    if line is not None:
+        typer.echo(f"hap: {line}", err=True)
 
 
 def _near(path: Path) -> str:

@@ -43,7 +43,7 @@ def cache() -> Path:
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Holds the file for this process, waiting for another; the system lets go when a process dies."""
-    lock = file.with_name(f".{file.name}.lock")
+    lock = _lock(file)
     descriptor = _acquire(lock)
     try:
         for left in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed while it wrote
@@ -52,6 +52,25 @@ def locked(file: Path) -> Iterator[None]:
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def is_locked(file: Path) -> bool:
+    """Whether another process holds the file now."""
+    try:
+        descriptor = os.open(_lock(file), os.O_RDWR)
+    except OSError:  # no one made the lock
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _lock(file: Path) -> Path:
+    return file.with_name(f".{file.name}.lock")
 
 
 def _acquire(lock: Path) -> int:

@@ -1,6 +1,7 @@
 """Case + seed -> Run: the procedure of the paper, on one screen; does not know where records lie."""
 
 import inspect
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import nn
 from hap import HapError
 from hap.cost import latency, macs, params
 from hap.groups import Groups, couple
+from hap.harness import ranks
 from hap.harness.batchnorm import recalibrate
 from hap.harness.binding import Ref
 from hap.harness.provenance import code, environment
@@ -48,10 +50,10 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
     """
     clock = Clock(say)
     with exactly(), clock("task"):
-        task = _task(case.task, seed, lambda event: say(Event(event, STARTS["trace"] * (event.fraction or 0))))
+        task = load_task(case.task, seed, lambda event: say(Event(event, STARTS["trace"] * (event.fraction or 0))))
     with exactly(), threads(task.threads):
         with clock("trace"):
-            groups = remembered(case, seed, f"groups {case.coupling} {case.prune}", lambda: _groups(task, case))
+            groups = remembered(case, seed, f"groups {case.coupling} {case.prune}", lambda: groups_of(task, case))
         score = Scoring(case, seed, say)
         prune = one_shot(score, _bound(case.implant), clock) if case.score else _bound(case.method)
         with clock("prune"):
@@ -72,6 +74,7 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
             if score.seconds:
                 clock.seconds["score"] = score.seconds[0]  # also where it was remembered
         where = environment(next(task.model.parameters()).device)
+        where |= {"ranks": ranks.world()} if ranks.world() > 1 else {}
     return Run(
         spec=case.spec,
         case=case.name,
@@ -100,6 +103,7 @@ def one_shot(score: Callable[..., Any], implant: Any = None, clock: "Clock | Non
             scores = score(task.model, task.loss, task.batches, groups, rng=rng)
         with clock("plan"):
             chosen = plan(groups, scores, budget)
+            ranks.agreed(f"{task.name}: the plan", json.dumps(chosen.to_json()))
         with clock("apply"):
             inputs = [inputs for inputs, _ in task.batches]
             pruned = apply(task.model, groups, chosen, implant, batches=inputs, call=task.loss.call)
@@ -168,7 +172,7 @@ class Clock:
         self.say(Event(event, STARTS["finetune"] + span * (event.fraction or 0)))
 
 
-def _task(ref: Ref, seed: int, say: Say) -> Task:
+def load_task(ref: Ref, seed: int, say: Say = silent) -> Task:
     """The workload; one that trains its model is offered to tell of it."""
     function = ref.load()
     offered = {"say": say} if "say" in inspect.signature(function).parameters else {}
@@ -176,7 +180,7 @@ def _task(ref: Ref, seed: int, say: Say) -> Task:
     return made
 
 
-def _groups(task: Task, case: Case) -> Groups:
+def groups_of(task: Task, case: Case) -> Groups:
     """What may be pruned; surgery on it is checked against masking."""
     groups = couple(task.model, trace(task.model, task.example, call=task.loss.call), case.coupling)
     groups = heads(groups) if case.prune == "heads" else groups
@@ -203,6 +207,10 @@ def _agree(task: Task, pruned: nn.Module, chosen: Plan) -> None:
 
 
 def _cost(model: nn.Module, task: Task) -> dict[str, Any]:
+    return ranks.shared(partial(_measured, model, task))  # on a machine where others wait
+
+
+def _measured(model: nn.Module, task: Task) -> dict[str, Any]:
     seconds = latency(model, task.example, call=task.loss.call)
     return {
         "params": params(model),

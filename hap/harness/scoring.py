@@ -9,18 +9,20 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from hap.groups import Groups
+from hap.harness import ranks
 from hap.harness.binding import Ref
 from hap.harness.spec import Case
 from hap.harness.training import Event, Say, generator
 from hap.methods import DETERMINED, agree
 from hap.plan import Fate, plan
+from hap.tally import Curvature, merge
 
 
 class Scored(NamedTuple):
@@ -88,13 +90,20 @@ class Scoring:
             return self._pruned(groups, scores)
 
         function, start = ref.load(), time.perf_counter()
-        offered = {"pruned": pruned, "halves": halves.append}
+        offered = {"pruned": pruned, "halves": halves.append, "merge": _merged}
         given = {name: each for name, each in offered.items() if name in inspect.signature(function).parameters}
+        if "merge" in given and ranks.world() > 1:
+            # each rank measures its share of the batches, with random draws of its own
+            batches, rng = (
+                ranks.share(batches),
+                rng if ranks.rank() == 0 else generator(self.seed, f"rank {ranks.rank()}"),
+            )
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             scores = function(model, loss, batches, groups, rng=rng, **given, **ref.options)
         lines = [" ".join(str(each.message).split()) for each in heard if issubclass(each.category, UserWarning)]
         found = Scored(scores, halves[0] if halves else None, lines, time.perf_counter() - start)
+        found = ranks.shared(lambda: found)  # else two kinds of GPU could round to two rankings
         if not asked:
             _KNOWN[key] = found
         return found
@@ -112,3 +121,14 @@ class Scoring:
             "negative": float((scores < 0).sum()),
             "groups": float(len(groups)),
         }
+
+
+def _merged(found: Curvature) -> Curvature:
+    """The curvature over the batches of all ranks."""
+    return merge(ranks.gathered(_on_cpu(found))) if ranks.world() > 1 else found
+
+
+def _on_cpu(found: Curvature) -> Curvature:
+    """Its diagonals there, where ranks tell each other what they have."""
+    diagonal, stderr = ({name: t.cpu() for name, t in each.items()} for each in (found.diagonal, found.stderr))
+    return replace(found, diagonal=diagonal, stderr=stderr)

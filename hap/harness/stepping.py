@@ -1,7 +1,8 @@
 """From a batch to a step: precision, compilation, micro-batches, distillation, dropout, optimiser; knows no epochs."""
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from hap.harness import ranks
 from hap.harness.recipe import Recipe
 from hap.harness.tasks import Task
 
@@ -35,21 +37,31 @@ class Stepper:
     _forward: nn.Module | None = None
     _samples: int = 0  # what it was compiled for
 
-    def __call__(self, inputs: Any, targets: Tensor) -> Tensor:
-        """The mean loss of the batch, its gradient added to the model's; nothing waits for the device.
+    def __call__(self, inputs: Any, targets: Tensor, whole: int | None = None) -> Tensor:
+        """The share of these samples in the mean loss of the batch, its gradient added to the model's.
 
-        In micro-batches each part counts by its size; BatchNorm then sees parts, not the batch.
+        Nothing waits for the device. `whole`: the samples of the batch on all ranks, where these are not all; the
+        gradient is then that of the whole batch on each. In micro-batches each part counts by its size; BatchNorm then
+        sees parts, not the batch.
         """
-        whole, total = len(targets), targets.new_zeros((), dtype=torch.float32)
-        mass = self.task.loss.mass(targets)
-        parts = -(-whole // self.micro_batch)  # of sizes as equal as can be
+        mine, total = len(targets), targets.new_zeros((), dtype=torch.float32)
+        whole, mass = whole or mine, ranks.summed(self.task.loss.mass(targets))
+        world = ranks.world()
+        # of sizes as equal as can be; as many on each rank, for in each the ranks wait for each other
+        parts = min(math.ceil(math.ceil(whole / world) / self.micro_batch), whole // world)
         for number in range(parts):
-            part = slice(number * whole // parts, (number + 1) * whole // parts)
-            cut = inputs if whole <= self.micro_batch else tree_map(lambda t, part=part: _rows(t, part, whole), inputs)
-            loss = self._loss(cut, targets[part], mass, len(targets[part]) / whole)
-            loss.backward()  # type: ignore[no-untyped-call]
+            part = slice(number * mine // parts, (number + 1) * mine // parts)
+            cut = inputs if parts == 1 else tree_map(lambda t, part=part: ranks.rows(t, part, mine), inputs)
+            with self._alone(number < parts - 1):
+                loss = self._loss(cut, targets[part], mass, len(targets[part]) / whole)
+                (loss * world if world > 1 else loss).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
             total += loss.detach()
         return total
+
+    def _alone(self, more: bool) -> AbstractContextManager[Any]:
+        """Ranks tell each other their gradients once a batch, where `more` micro-batches do not follow."""
+        wrapped = isinstance(self._forward, nn.parallel.DistributedDataParallel)
+        return cast(Any, self._forward).no_sync() if wrapped and more else nullcontext()
 
     def halve(self) -> bool:
         """Half the micro-batch from here on, told; False where the least is too much already."""
@@ -90,8 +102,9 @@ class Stepper:
     def _network(self, inputs: Any, samples: int) -> nn.Module:
         """The model, compiled where that is asked for and works; a ragged batch is not worth compiling for."""
         if self._forward is None:
-            self._forward, self._samples = self._compiled(inputs) if self.recipe.compile else self.model, samples
-        return self._forward if samples == self._samples else self.model
+            compiled = self._compiled(inputs) if self.recipe.compile else self.model
+            self._forward, self._samples = ranks.averaging(compiled), samples
+        return self._forward if samples == self._samples or ranks.world() > 1 else self.model
 
     def _compiled(self, inputs: Any) -> nn.Module:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
@@ -129,10 +142,21 @@ def dropping(model: nn.Module, rng: torch.Generator) -> Iterator[None]:
     if not any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
         yield
         return
-    seed = int(torch.randint(2**62, (), generator=rng))
+    seed = int(torch.randint(2**62, (), generator=rng)) + ranks.rank()
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads inside, as many as before outside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -151,10 +175,6 @@ def distillation(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of the softened class probabilities, mean over the samples, in nats [Hinton15]."""
     student, teacher = ((each / temperature).log_softmax(-1) for each in (outputs, taught))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def _rows(leaf: Any, part: slice, whole: int) -> Any:
-    return leaf[part] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == whole else leaf
 
 
 def _options() -> dict[str, Any]:

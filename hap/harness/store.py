@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, fields
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 
 import hap.harness.run as procedure
 from hap import HapError
+from hap.harness import ranks
 from hap.harness.architecture import describe, fill, rebuild, tensors
 from hap.harness.binding import mistake, wrong
-from hap.harness.files import atomic_write, atomic_writes, cache, locked
+from hap.harness.files import atomic_write, atomic_writes, cache, is_locked, locked
 from hap.harness.run import Run
 from hap.harness.spec import Case, Spec
 from hap.harness.training import Say, silent
@@ -64,14 +66,23 @@ def ensure(case: Case, seed: int, results: Path, *, again: bool = False, say: Sa
     A fine-tuning that was killed goes on from its last epoch, which lies in the cache until the record is there.
     """
     file = path(results, case, seed)
-    if file.exists() and not again:
-        return load(file)
+    if ranks.shared(file.exists) and not again:
+        return ranks.shared(partial(load, file))
     training = cache() / "training" / case.spec / f"{case.name}-{case.key}-seed{seed}"
-    with locked(file), locked(training):  # two processes may write to two places, and train the same
-        if not file.exists() or again:  # another process may have made it while this one waited
-            save(procedure.run(case, seed, say=say, keep=training), results)
-        shutil.rmtree(training, ignore_errors=True)
-    return load(file)
+    with (
+        ranks.held(partial(locked, file)),
+        ranks.held(partial(locked, training)),
+    ):  # two may write to two places, and train the same
+        if again or not ranks.shared(file.exists):  # another process may have made it while this one waited
+            made = procedure.run(case, seed, say=say, keep=training)
+            ranks.shared(partial(save, made, results))
+        ranks.shared(partial(shutil.rmtree, training, ignore_errors=True))
+    return ranks.shared(partial(load, file))
+
+
+def busy(results: Path, case: Case, seed: int) -> bool:
+    """Whether another process is making this record."""
+    return is_locked(path(results, case, seed))
 
 
 def evidence(spec: Spec, results: Path, cases: Sequence[str | None] | None = None) -> dict[str, list[Run]]:

@@ -1,14 +1,14 @@
 """The one training loop: SGD, a schedule, validation after each epoch, selection; does not know what it trains.
 
 Nothing within an epoch waits for the device: the data lies there, and the loss is read when the epoch is over. With a
-folder, every epoch is kept there, and a training that was killed goes on from the last one to the same result.
+folder, every epoch is kept there, and a training that was killed goes on from the last one to the same result. Several
+ranks share each batch, and end with what one would have, but for rounding.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -16,52 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hap import HapError
+from hap.harness import ranks
+from hap.harness.batchnorm import synchronised
 from hap.harness.checkpoints import Keeper, Point
 from hap.harness.checkpoints import State as State
+from hap.harness.curve import INSTEAD
+from hap.harness.curve import Curve as Curve
 from hap.harness.events import Event as Event
 from hap.harness.events import Say as Say
 from hap.harness.events import silent as silent
 from hap.harness.provenance import code, environment
 from hap.harness.recipe import Recipe as Recipe
 from hap.harness.recipe import learning_rate as learning_rate
-from hap.harness.stepping import LEAST, Stepper, dropping, memory_ran_out, optimiser
+from hap.harness.stepping import Stepper, dropping, memory_ran_out, optimiser
 from hap.harness.stepping import exactly as exactly
+from hap.harness.stepping import threads as threads
 from hap.harness.tasks import Task
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What happened in each epoch: a row of numbers and the state of the model, on the CPU or on disk."""
-
-    epochs: list[dict[str, Any]]
-    snapshots: Sequence[State | Callable[[], State]]  # none where they were not asked for
-    notes: list[str] = field(default_factory=list)  # what the record must say of the training
-    metric: str = "accuracy"  # higher is better
-
-    @property
-    def selected(self) -> int:
-        """The epoch of best validation; of equals, that of lower loss, then the earlier."""
-        found = [row["validation"] for row in self.epochs]
-        return max(range(len(found)), key=lambda i: (found[i][self.metric], -found[i]["loss"], -i))
-
-    def states(self) -> Iterator[State]:
-        """The snapshots, one at a time."""
-        for each in self.snapshots:
-            yield each() if callable(each) else each
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """So many CPU threads inside, as many as before outside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def fit(
@@ -79,9 +52,11 @@ def fit(
     `keep`: a folder for each epoch, which must be this training's own; what is whole there is gone on from.
     `snapshots`: whether the curve has the model after each epoch.
     """
+    if (instead := INSTEAD.get()) is not None:
+        return instead(model, task, recipe, rng)
     if recipe.distil is not None and task.model is model:
         raise HapError(f"{task.name}: recipe.distil needs a dense model to learn from, found the model that is trained")
-    with threads(task.threads), exactly():
+    with threads(task.threads), exactly(), synchronised(model):
         trainer = _Trainer(model, task, recipe, rng, say)
         keeper = None if keep is None else Keeper(keep, trainer.identity(snapshots), snapshots)
         states = trainer.resume(keeper)
@@ -90,9 +65,9 @@ def fit(
             trainer.epoch(epoch, point)
             point = trainer.point()
             if keeper is not None:
-                keeper.save(point)
+                ranks.shared(partial(keeper.save, point))
             if snapshots:
-                states.append(partial(keeper.model, epoch + 1) if keeper is not None else point.model)
+                states.append(_kept(keeper, epoch + 1) if keeper is not None else point.model)
     return Curve(trainer.rows, states, trainer.step.notes, task.metric)
 
 
@@ -122,9 +97,10 @@ class _Trainer:
             except RuntimeError as error:
                 if not memory_ran_out(error):
                     raise
-                if not self.step.halve():
+                # the other ranks are still waiting for this one, and would not begin the epoch again
+                if ranks.world() > 1 or not self.step.halve():
                     raise HapError(
-                        f"{self.task.name}: memory ran out with micro-batches of {LEAST} samples "
+                        f"{self.task.name}: memory ran out with micro-batches of {self.step.micro_batch} samples "
                         f"({' '.join(str(error).split())[:120]})"
                     ) from None
             self._restore(before)
@@ -156,9 +132,9 @@ class _Trainer:
 
     def resume(self, keeper: Keeper | None) -> list[State | Callable[[], State]]:
         """Goes to the last epoch that was kept, and says so; the snapshots so far."""
-        point = None if keeper is None else keeper.load()
         if keeper is None:
             return []
+        point = ranks.shared(keeper.load)
         for line in keeper.told:
             self.say(Event(f"warning: {line}"))
         if point is None:
@@ -168,12 +144,13 @@ class _Trainer:
         self.rows, self.step.micro_batch = list(point.rows), point.micro_batch
         self.step.notes += point.notes
         self.say(Event(f"goes on after epoch {len(self.rows)} of {self.recipe.epochs}"))
-        return [partial(keeper.model, i + 1) for i in range(len(self.rows))] if keeper.every else []
+        return [_kept(keeper, i + 1) for i in range(len(self.rows))] if keeper.every else []
 
     def identity(self, snapshots: bool) -> str:
         """A digest of everything that decides the result, the code included."""
         task = self.task
-        decides = [asdict(self.recipe), task.name, task.data.sha256, task.train_size, task.threads, snapshots]
+        decides: list[Any] = [asdict(self.recipe), task.name, task.data.sha256, task.train_size, task.threads]
+        decides += [snapshots, ranks.world()]
         machine = environment(next(self.model.parameters()).device)
         total = sha256(json.dumps([decides, machine, code()["sha256"]], sort_keys=True).encode())
         for state in (snapshot(self.model), {"rng": self.rng.get_state()}):
@@ -201,19 +178,30 @@ class _Trainer:
         total, samples, lr = torch.zeros(()), 0, self.recipe.lr
         self.optimiser.zero_grad(set_to_none=True)
         with dropping(self.model, self.rng):
-            for step, (inputs, targets) in enumerate(self.task.train(self.recipe.batch_size, self.rng)):
+            for step, (inputs, targets, whole) in enumerate(self._batches()):
                 lr = learning_rate(self.recipe, epoch + step / steps, 1 / steps)
                 for group in self.optimiser.param_groups:
                     group["lr"] = lr
-                loss = self.step(inputs, targets)
+                loss = self.step(inputs, targets, whole)
                 if self.recipe.clip is not None:
                     nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
                 self.optimiser.step()
                 self.optimiser.zero_grad(set_to_none=True)
                 # kept on the device: reading it here would make every step wait for the last
-                total = total.to(loss.device) + loss * len(targets)
-                samples += len(targets)
-        return float(total) / samples, lr
+                total = total.to(loss.device) + loss * whole
+                samples += whole
+        return float(ranks.summed(total)) / samples, lr
+
+    def _batches(self) -> Iterator[tuple[Any, Tensor, int]]:
+        """This rank's part of each batch of an epoch, and how many samples the batch has."""
+        left = self.task.train_size
+        for inputs, targets in self.task.train(self.recipe.batch_size, self.rng):
+            whole = min(left, self.recipe.batch_size) if self.task.sharded else len(targets)
+            left -= whole
+            if whole < ranks.world():
+                self.step.note(f"batches of fewer than {ranks.world()} samples, one a rank, were left out")
+                continue
+            yield *((inputs, targets) if self.task.sharded else ranks.part(inputs, targets)), whole
 
     @torch.no_grad()
     def _stabilise(self) -> tuple[float, float]:
@@ -223,10 +211,10 @@ class _Trainer:
         """
         self.model.train()
         total, samples = torch.zeros(()), 0
-        for inputs, targets in self.task.train(self.recipe.batch_size, self.rng):
+        for inputs, targets, whole in self._batches():
             loss = self.task.loss(self.model, (inputs, targets))
-            total, samples = total.to(loss.device) + loss * len(targets), samples + len(targets)
-        return float(total) / samples, 0.0
+            total, samples = total.to(loss.device) + loss * len(targets), samples + whole
+        return float(ranks.summed(total)) / samples, 0.0
 
 
 def snapshot(model: nn.Module) -> State:
@@ -238,6 +226,11 @@ def generator(seed: int, purpose: str = "") -> torch.Generator:
     """A stream of random numbers that belongs to this seed and this purpose alone."""
     digest = sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _kept(keeper: Keeper, number: int) -> Callable[[], State]:
+    """The model after an epoch, from the disk of rank 0."""
+    return partial(ranks.shared, partial(keeper.model, number))
 
 
 def _line(row: dict[str, Any], recipe: Recipe, metric: str) -> str:

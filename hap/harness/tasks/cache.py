@@ -4,6 +4,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hap.harness import ranks
+from hap.harness.curve import INSTEAD
 from hap.harness.files import atomic_write, cache, locked
 
 
@@ -40,10 +43,13 @@ def cached(
     texts = [repr(value) for value in decides] + [inspect.getsource(module) for module in sources]
     key = sha256("\0".join([torch.__version__, str(seed), *texts]).encode()).hexdigest()[:16]
     file = cache() / f"{name}-seed{seed}-{key}.safetensors"
-    content = _undamaged(file)
+    if INSTEAD.get() is not None:  # nothing is trained, so nothing is kept
+        return train(file.with_suffix(".training"))
+    found = partial(_undamaged, file)
+    content = ranks.shared(found)
     if content is None:
-        with locked(file):
-            content = _undamaged(file) or _made(file, train)  # another process may have been faster
+        with ranks.held(partial(locked, file)):
+            content = ranks.shared(found) or _made(file, train)  # another process may have been faster
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return Trained(load(content), json.loads(header["__metadata__"]["notes"]))
 
@@ -52,10 +58,14 @@ def _made(file: Path, train: Callable[[Path], Trained]) -> bytes:
     folder = file.with_suffix(".training")
     weights, notes = train(folder)
     content = save({key: value.contiguous() for key, value in weights.items()}, {"notes": json.dumps(notes)})
-    atomic_write(file, content)
-    atomic_write(_beside(file), sha256(content).hexdigest().encode())
-    shutil.rmtree(folder, ignore_errors=True)
-    return content
+
+    def keep() -> bytes:
+        atomic_write(file, content)
+        atomic_write(_beside(file), sha256(content).hexdigest().encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        return content
+
+    return ranks.shared(keep)
 
 
 def _undamaged(file: Path) -> bytes | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hap import HapError
+from hap.harness import ranks
 from hap.harness.tasks import Data, MissingData
 from hap.harness.tasks.pickles import batch, damaged, first_line
 
@@ -173,9 +174,10 @@ def measure(
     normalise: Normalise,
     batch_size: int | None = None,
 ) -> dict[str, float]:
-    """Accuracy in percent and mean cross-entropy in nats; leaves the model in eval mode."""
+    """Accuracy in percent and mean cross-entropy in nats, the work shared by ranks; leaves the model in eval mode."""
     model.eval()
-    where = images.pixels.device
+    n, where = len(images.labels), images.pixels.device
+    images = images.part(ranks.slices(n)) if ranks.world() > 1 else images
     # on a CPU, activations of small batches stay in the cache: 2 to 3 times as fast
     batch_size = batch_size or (1000 if where.type == "cuda" else 100)
     hits, loss = torch.zeros((), dtype=torch.long, device=where), torch.zeros((), dtype=torch.double, device=where)
@@ -185,8 +187,7 @@ def measure(
         logits = call(model, normalise(pixels))
         hits += (logits.argmax(1) == labels).sum()
         loss += F.cross_entropy(logits, labels, reduction="sum")
-    n = len(images.labels)
-    return {"accuracy": 100 * int(hits) / n, "loss": float(loss) / n}
+    return {"accuracy": 100 * int(ranks.summed(hits)) / n, "loss": float(ranks.summed(loss)) / n}
 
 
 def digest(arrays: Sequence[Tensor]) -> str:

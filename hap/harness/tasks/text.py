@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hap.harness import ranks
 from hap.harness.files import atomic_write, cache
 from hap.harness.tasks.data import digest
 from hap.harness.tasks.glue import Sentences
@@ -103,15 +104,19 @@ def calibration(
 def measure(
     model: nn.Module, call: Callable[[nn.Module, Any], Tensor], tokens: Tokens, pad: int, batch_size: int = 64
 ) -> dict[str, float]:
-    """Accuracy in percent and mean cross-entropy in nats; of two classes F1 and Matthews' correlation too."""
+    """Accuracy in percent and mean cross-entropy in nats; of two classes F1 and Matthews' correlation too.
+
+    Ranks share the work; each needs a sample.
+    """
     model.eval()
-    order = tokens.lengths.argsort(stable=True)
+    order = tokens.lengths.argsort(stable=True)[ranks.slices(len(tokens.lengths))]
     logits, labels = [], []
     for part in torch.split(order, batch_size):
         inputs, targets = tokens.batch(part, pad)
         logits.append(call(model, inputs).float())
         labels.append(targets)
-    found, wanted = torch.cat(logits), torch.cat(labels)
+    parts = ranks.gathered((torch.cat(logits).cpu(), torch.cat(labels).cpu()))
+    found, wanted = (torch.cat(each) for each in zip(*parts, strict=True))
     loss = float(F.cross_entropy(found.double(), wanted))
     return {**scores(found.argmax(1), wanted, found.shape[1]), "loss": loss}
 

@@ -1,0 +1,203 @@
+"""The processes of one job, as torchrun starts them: which one this is, and what they tell each other; trains nothing.
+
+Without torchrun there is one process, of rank 0, and everything here is free. All ranks go through the same steps in
+the same order. Files are written by rank 0 alone; what it read, or could not, is told to the others.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
+from hashlib import sha256
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map
+
+from hap import HapError
+
+# rank 0 may wait this long for a record that another job makes; a rank that dies ends the job at once all the same
+PATIENCE = timedelta(days=7)
+Told = TypeVar("Told")
+
+
+def rank() -> int:
+    """The number of this process in its job, from 0."""
+    return distributed.get_rank() if _together() else 0
+
+
+def world() -> int:
+    """The number of processes in the job."""
+    return distributed.get_world_size() if _together() else 1
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, this process is one of those that torchrun started, with a GPU of its own where there are GPUs."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or _together():
+        yield
+        return
+    backend, own = "gloo", int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available() and os.environ.get("HAP_DEVICE") != "cpu":
+        if own >= torch.cuda.device_count():
+            raise HapError(f"rank {own}: a GPU for each rank expected, found {torch.cuda.device_count()}")
+        torch.cuda.set_device(own)
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, timeout=PATIENCE)
+    try:
+        with warnings.catch_warnings():
+            # pruned 1x1 kernels have two layouts that are the same; it is about speed
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
+            yield
+    except HapError as error:
+        error.__dict__.setdefault("rank", rank())
+        raise
+    finally:
+        distributed.destroy_process_group()
+
+
+def shared(make: Callable[[], Told]) -> Told:
+    """What `make` gives on rank 0, on every rank; its HapError too, so that no rank waits for one that gave up."""
+    if world() == 1:
+        return make()
+    told: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = make()
+        except HapError as error:
+            told[1] = error
+    distributed.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        told[1].__dict__["rank"] = 0
+        raise told[1]
+    return cast(Told, told[0])
+
+
+@contextmanager
+def held(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Rank 0 is in the context, a lock for example, while all are in this one."""
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(make())
+
+        shared(enter)
+        yield
+
+
+def gathered(value: Told) -> list[Told]:
+    """The values of all ranks, in their order."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over ranks; the tensor itself where there is one."""
+    if world() > 1:
+        value = value.clone()
+        distributed.all_reduce(value)
+    return value
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return summed(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return summed(grads[0].contiguous())
+
+
+def summed_with_gradient(value: Tensor) -> Tensor:
+    """The sum over ranks, through which gradients flow."""
+    return cast(Tensor, _Sum.apply(value))
+
+
+def agreed(what: str, value: str) -> None:
+    """Raises HapError unless all ranks have the same, by its sha256."""
+    found = gathered(sha256(value.encode()).hexdigest()[:16])
+    if len(set(found)) > 1:
+        raise HapError(f"{what}: must be the same on every rank, found {', '.join(found)}")
+
+
+def slices(count: int) -> slice:
+    """Which of `count` samples are this rank's: every world-th."""
+    return slice(rank(), count, world())
+
+
+def part(inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
+    """This rank's samples of a batch."""
+    whole = len(targets)
+    if world() == 1:
+        return inputs, targets
+    return tree_map(lambda leaf: rows(leaf, slices(whole), whole), inputs), targets[slices(whole)]
+
+
+def rows(leaf: Any, wanted: slice, whole: int) -> Any:
+    """Some samples of a leaf of a batch of `whole`; the leaf itself where it has no axis of samples."""
+    return leaf[wanted] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == whole else leaf
+
+
+class _Share(Sequence[tuple[Any, Tensor]]):
+    """Every world-th batch, read when it is asked for."""
+
+    def __init__(self, batches: Sequence[tuple[Any, Tensor]]) -> None:
+        self.batches, self.chosen = batches, range(rank(), len(batches), world())
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.batches[self.chosen[index]]
+
+
+def share(batches: Sequence[tuple[Any, Tensor]]) -> Sequence[tuple[Any, Tensor]]:
+    """This rank's share of batches: whole ones where each rank can have as many, else its samples of each."""
+    if world() == 1:
+        return batches
+    if len(batches) % world() == 0:
+        return _Share(batches)
+    samples = sum(len(targets) for _, targets in batches)
+    parts = [part(inputs, targets) for inputs, targets in batches]
+    if not all(gathered(any(len(targets) for _, targets in parts))):
+        raise HapError(f"a calibration sample for each of {world()} ranks expected, found {samples}")
+    return [each for each in parts if len(each[1])]
+
+
+def averaging(model: nn.Module) -> nn.Module:
+    """The model wrapped so that backward leaves the mean of all ranks' gradients on each; itself on one rank."""
+    if world() == 1:
+        return model
+    where = next(model.parameters()).device
+    # heads that are gone leave parameters of no elements, which get no gradient; buffers are equal on all ranks already
+    gone = any(parameter.numel() == 0 for parameter in model.parameters())
+    how: dict[str, Any] = {"broadcast_buffers": False, "find_unused_parameters": gone}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # another name for broadcast_buffers from torch 2.15 on
+        return nn.parallel.DistributedDataParallel(model, device_ids=[where] if where.type == "cuda" else None, **how)
+
+
+def line(error: HapError) -> str | None:
+    """What this process says of an error: nothing where rank 0 met the same and says it."""
+    own = int(os.environ.get("RANK") or 0)
+    where: int = error.__dict__.get("rank", 0)  # what is found before ranks join, each of them finds
+    return None if own != where else f"rank {own}: {error}" if own else str(error)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether another rank ended while this one waited for it."""
+    signs = ("closed by peer", "reset by peer", "gloo", "NCCL", "Broken pipe")
+    found = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return isinstance(error, distributed.DistError) or (_together() and found)
+
+
+def _together() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

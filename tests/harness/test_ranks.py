@@ -1,0 +1,289 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import together
+import torch
+
+from hap import HapError
+from hap.harness import ranks, store
+from hap.harness.spec import load_spec
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SPEC = """
+title = "A small one"
+paper = "none: a test"
+tier = "quick"
+seeds = [0]
+task = "hap.harness.tasks.digits_preresnet:task"
+
+[finetune]
+epochs = {epochs}
+lr = 0.05
+
+[cases.hap]
+score = "hap.methods:hessian_trace"
+implant = "hap.implants:centre_tap"
+budget = {{params = 0.7, implant = 0.1}}
+
+[[claims]]
+text = "more than 60 % of the parameters go"
+source = "this test"
+case = "hap"
+metric = "params_pruned"
+op = ">="
+value = 60
+"""
+
+
+def launched(count, *command, cwd=ROOT, **env):
+    """A job of torchrun, in a session of its own."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    path = os.pathsep.join([str(ROOT), str(HERE)])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **{name: str(v) for name, v in env.items()}}
+    return subprocess.Popen(
+        [*torchrun, *map(str, command)],
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(job, seconds=300):
+    """What it said, once it ended; killed with all its ranks where it does not."""
+    try:
+        return job.communicate(timeout=seconds)[0]
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two ranks made of everything."""
+    file = tmp_path_factory.mktemp("two") / "out.json"
+    job = launched(2, HERE / "together.py", file)
+    said = ended(job)
+    assert job.returncode == 0, said
+    assert "Warning" not in said
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The same in this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield together.measured(tmp_path_factory.mktemp("one"))
+    torch.set_num_threads(before)
+
+
+def test_two_ranks_are_two(one, two):
+    assert (one["world"], two["world"]) == (1, 2)
+    assert one["params"] == two["params"]
+
+
+@pytest.mark.parametrize("what", ["exact", "plain net", "weighted"])
+def test_the_curvature_of_two_ranks_is_that_of_one(one, two, what):
+    """Five batches, of which the last has two samples: each rank has its samples of each."""
+    assert max(one[what]) > 0
+    assert two[what] == pytest.approx(one[what], rel=2e-5)
+
+
+def test_probes_on_two_ranks_are_drawn_anew_and_near(one, two):
+    """They cannot be equal, and must not: each rank draws its own."""
+    assert two["probes"] != one["probes"]
+    found, exact = torch.tensor(two["probes"]), torch.tensor(one["exact"])
+    assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("what", ["evaluate", "recalibrated"])
+def test_evaluation_counts_every_image_once(one, two, what):
+    """67 images in batches of 10: 34 for one rank and 33 for the other, each with a ragged last batch."""
+    assert two[what]["accuracy"] == one[what]["accuracy"]
+    assert two[what]["loss"] == pytest.approx(one[what]["loss"], rel=1e-6)
+
+
+def same(one, two):
+    """Equal but for how sums round over two epochs of ten steps."""
+    for row, other in zip(one["rows"], two["rows"], strict=True):
+        assert other == pytest.approx(row, rel=1e-4)
+    assert one["state"].keys() == two["state"].keys()
+    for name, values in one["state"].items():
+        assert two["state"][name] == pytest.approx(values, rel=1e-3, abs=1e-4), name
+    assert two["sums"] == pytest.approx(one["sums"], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("recipe", together.RECIPES)
+def test_a_training_on_two_ranks_is_that_of_one(one, two, recipe):
+    """With BatchNorm over all ranks, and a last batch of three; without it, micro-batches change nothing either."""
+    # of which BatchNorm sees parts: two of 8 on one rank are one of 16 on two
+    same(one["trained"]["whole" if recipe == "micro" else recipe], two["trained"][recipe])
+
+
+def test_it_learned(two):
+    """Else equal results would say nothing."""
+    rows = two["trained"]["plain"]["rows"]
+    assert rows[-1][0] < 0.8 * rows[0][0]
+
+
+def test_class_weights_count_over_all_ranks(one, two):
+    same(one["trained weighted"], two["trained weighted"])
+
+
+def test_a_training_that_is_kept_gives_every_rank_its_epochs(one, two):
+    same(one["trained"]["plain"], two["kept"])
+
+
+def test_a_batch_of_fewer_samples_than_ranks_is_left_out_and_told(one, two):
+    assert one["short"] == []
+    assert two["short"] == ["batches of fewer than 2 samples, one a rank, were left out"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with a spec, and the record that two ranks made of it, the trained model included."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "reproductions").mkdir()
+    (root / "reproductions" / "small.toml").write_text(SPEC.format(epochs=6))
+    job = hap(root, "whole")
+    said = ended(job)
+    assert job.returncode == 0, said
+    return root, said
+
+
+def hap(root, results, count=2):
+    command = ["-m", "hap", "run", "small", "--results", root / results]
+    return launched(count, *command, cwd=root, HAP_CACHE=root / "cache")
+
+
+def record(root, results):
+    (file,) = (root / results / "small").rglob("seed0.json")
+    return json.loads(file.read_text())
+
+
+def test_a_run_by_torchrun_writes_one_record_and_one_report(project):
+    root, said = project
+    assert said.count("small [1/1] hap seed 0: there after") == 1
+    assert said.count("HOLDS") == 1
+    assert {file.name for file in (root / "whole").glob("*")} >= {"VERDICTS.md", "small", "tables"}
+    assert record(root, "whole")["environment"]["ranks"] == 2
+
+
+def test_it_is_the_run_of_one_rank_but_for_rounding(project, tmp_path, monkeypatch):
+    """The dense model too was trained by two; a training of ten epochs spreads the rounding, so the band is wide."""
+    root, _ = project
+    monkeypatch.setenv("HAP_CACHE", str(tmp_path))
+    (case,) = load_spec(root / "reproductions" / "small.toml").cases.values()
+    one, two = store.ensure(case, 0, tmp_path / "one"), record(root, "whole")
+    assert two["key"] == one.key
+    assert "ranks" not in one.environment
+    assert two["cost"]["dense"]["params"] == one.cost["dense"]["params"]
+    assert two["cost"]["pruned"]["params"] == pytest.approx(one.cost["pruned"]["params"], rel=0.1)
+    assert two["metrics"]["dense"]["accuracy"] == pytest.approx(one.metrics["dense"]["accuracy"], abs=2)
+    assert two["metrics"]["selected"]["accuracy"] == pytest.approx(one.metrics["selected"]["accuracy"], abs=4)
+
+
+def processes(job):
+    """The ranks of a job: their numbers and processes."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            started = dict(each.partition("=")[::2] for each in (process / "environ").read_text().split("\0"))
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+            if "LOCAL_RANK" in started and parent == str(job.pid):
+                yield int(started["RANK"]), int(process.name)
+        except (OSError, ValueError):
+            continue
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are found through /proc, which is Linux")
+def test_a_rank_that_is_killed_ends_the_job_which_goes_on_to_the_same_result(project):
+    (root, _), results = project, "killed"
+    job = hap(root, results)
+    deadline = time.monotonic() + 200
+    while not list((root / "cache" / "training").rglob("epoch-0002.json")) and time.monotonic() < deadline:
+        assert job.poll() is None, ended(job)
+        time.sleep(0.02)
+    os.kill(dict(processes(job))[1], signal.SIGKILL)
+    start = time.monotonic()
+    said = ended(job, seconds=60)
+    assert time.monotonic() - start < 60
+    assert job.returncode != 0
+    assert "SIGKILL" in said
+    assert not (root / results).exists() or not list((root / results).rglob("seed0.json"))
+    again = hap(root, results)
+    said = ended(again)
+    assert again.returncode == 0, said
+    found, expected = record(root, results), record(root, "whole")
+    assert found["metrics"] == expected["metrics"]
+    assert [row["validation"] for row in found["epochs"]] == [row["validation"] for row in expected["epochs"]]
+
+
+def test_results_that_cannot_be_written_are_found_before_anything_is_trained(tmp_path):
+    (tmp_path / "reproductions").mkdir()
+    (tmp_path / "reproductions" / "small.toml").write_text(SPEC.format(epochs=6))
+    (tmp_path / "file").write_text("not a folder")
+    job = hap(tmp_path, "file")
+    said = ended(job)
+    assert job.returncode != 0
+    assert said.count("cannot be written (") == 1
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "rank", "said"),
+    [({}, None, "wrong"), ({"RANK": "0"}, 0, "wrong"), ({"RANK": "1"}, 0, None), ({"RANK": "1"}, 1, "rank 1: wrong")],
+)
+def test_of_several_ranks_one_says_what_is_wrong(env, rank, said, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    error = HapError("wrong")
+    if rank is not None:
+        error.__dict__["rank"] = rank
+    assert ranks.line(error) == said
+
+
+def test_what_rank_0_could_not_do_every_rank_is_told(monkeypatch):
+    """On one rank; on two it is the results that cannot be written."""
+
+    def fail():
+        raise HapError("no")
+
+    with pytest.raises(HapError, match="no"):
+        ranks.shared(fail)
+    assert ranks.gathered(3) == [3]
+    ranks.agreed("a plan", "the same")
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_one_line(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("HAP_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(HapError, match="rank 3: a GPU for each rank expected, found 2"), ranks.joined():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), True),
+        (torch.distributed.DistNetworkError("Connection reset"), True),
+        (RuntimeError("Connection closed by peer"), False),  # there are no peers here
+        (ValueError("gloo"), False),
+    ],
+)
+def test_a_lost_rank_is_told_from_a_defect(error, lost):
+    assert ranks.lost(error) == lost
