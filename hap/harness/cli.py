@@ -1,4 +1,4 @@
-"""The command `hap`: list, run, judge, report, doctor; thin over the rest, which it imports when a command needs it."""
+"""The command `hap`, thin over the rest, which it imports when a command needs it."""
 
 import os
 import sys
@@ -126,6 +126,19 @@ def report_specs(specs: Names = None, results: Results = None) -> None:
     for path in _paths(specs or ["all"]):
         for file in report.write([path], _results(path, results)):
             _say(_near(file))
+
+
+@app.command("lint")
+@_told
+def lint_results(results: Results = None) -> None:
+    """Check committed results: sums, differences, budgets, conventions, tables. Exit code 1 if something is wrong."""
+    from hap.harness.lint import lint
+
+    found = lint(FOLDER, _results(FOLDER / "any", results))
+    for finding in found:
+        _say(finding.line)
+    _say(f"{len(found)} findings" if found else "nothing is wrong")
+    raise typer.Exit(int(bool(found)))
 
 
 @app.command("doctor")
