@@ -12,7 +12,8 @@ name in a spec becomes a function), `files`, `provenance`, `events` and `recipe`
 before `cases`, which hold a Recipe; the single tasks come after it, for they train themselves. `cases`, a part of
 `spec` until that grew too long, makes a Case of its tables; `upstream`, a method that only specs name, needs no more
 than a Task. `shapes` and `architecture` are what `store` needs to write a pruned model without a pickle: a module, then
-a model, as a record.
+a model, as a record. `freshness` is whether a record is of today's code, `statistics` and `evidence` are what `judge`
+needs: bounds from numbers, and numbers from runs.
 """
 
 import ast
@@ -32,13 +33,13 @@ CORE = (
     "methods budget plan bridge surgery implants cost testing"
 ).split()
 HARNESS = (
-    "ranks files binding provenance events recipe tasks batchnorm stepping checkpoints curve training upstream "
+    "ranks files binding provenance freshness events recipe tasks batchnorm stepping checkpoints curve training upstream "
     "tasks.cache tasks.nets tasks.pickles tasks.data tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
     "tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
     "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
-    "cases spec scoring run shapes architecture pretrained store judge plugin report rehearsal doctor progress "
-    "fanout making bill estimate cli"
+    "cases spec scoring run shapes architecture pretrained store statistics evidence judge plugin report integrity lint "
+    "rehearsal doctor progress fanout making bill estimate cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 
