@@ -14,6 +14,12 @@ References, cited as [key] in the docstrings:
 [Izenman75]    Izenman. Reduced-rank regression for the multivariate linear model. J. Multivariate Analysis 5, 1975.
 [Michel19]     Michel, Levy, Neubig. Are Sixteen Heads Really Better than One? NeurIPS 2019.
 [Molchanov19]  Molchanov, Mallya, Tyree, Frosio, Kautz. Importance Estimation for Neural Network Pruning. CVPR 2019.
+[Yule12]       Yule. On the methods of measuring association between two attributes. J. R. Stat. Soc. 75, 1912.
+[Holm79]       Holm. A simple sequentially rejective multiple test procedure. Scandinavian J. Statistics 6, 1979.
+[Efron87]      Efron. Better bootstrap confidence intervals. J. Am. Stat. Assoc. 82, 1987.
+[Schuirmann87] Schuirmann. A comparison of the two one-sided tests procedure. J. Pharmacokin. Biopharm. 15, 1987.
+[Zou08]        Zou, Donner. Construction of confidence limits about effect measures. Statistics in Medicine 27, 2008.
+[Mania19]      Mania, Miller, Schmidt, Hardt, Recht. Model similarity mitigates test set overuse. NeurIPS 2019.
 
 Names are resolved on first use, so that importing `hap` costs nothing and `hap --help` need not wait for torch.
 """

@@ -2,12 +2,11 @@
 
 Pure numbers, higher is better, a number a night or a run; knows nothing of files, specs or time. Each p-value is that
 of a test whose false alarms are bounded for independent normal noise of any size: whatever the fit could have chosen is
-paid for by Bonferroni, and dropping the extremes of the reference by calibration. What a family of them may raise is
-for the caller to say.
+paid for by Bonferroni's inequality, and dropping the extremes of the reference by calibration. What a family of them
+may raise is for the caller to say.
 """
 
 from functools import cache
-from itertools import combinations
 from math import comb
 from typing import Any, NamedTuple
 
@@ -61,22 +60,37 @@ def levels(begins: NDArray[np.intp]) -> list[tuple[int, int]]:
 
 
 def step(values: Numbers, floor: float, shortest: int = 1, begins: NDArray[np.intp] | None = None) -> Step | None:
-    """The surest step down from a level of the fit to the end of the series; None where there is none.
+    """The surest step down to the end of the series; None where there is none.
 
-    The end is the last level, or the last few as one, of `shortest` numbers or more; one that has recovered is none.
-    The two are compared by Student's test on their own numbers. With n numbers there are C(n, 3) pairs of an end and a
-    level before it of two numbers or more; p is multiplied by that, so it holds for whichever pair is chosen.
+    An end is the last level of the fit, or the last few as one, of `shortest` numbers or more; one that has recovered
+    is none. It is compared with each level before it, and with all that is before it, by Student's test on the numbers
+    of the two alone. A pair's p is divided by its share of all that could have been compared (`share`), so that
+    the least p is at most alpha in at most alpha of all series without a step, wherever the fit led.
     """
-    found = levels(fit(values, floor) if begins is None else begins)
-    steps = list[Step]()
-    for (start, stop), (end, _) in combinations(found, 2):
+    n, found, steps = len(values), levels(fit(values, floor) if begins is None else begins), list[Step]()
+    ends = [start for start, _ in found[1:] if n - start >= shortest]
+    pairs = {(*past, end) for end in ends for past in [(0, end), *found] if past[1] <= end}
+    for start, stop, end in sorted(pairs):
         past, last = values[start:stop], values[end:]
         before, after = float(past.mean()), float(last.mean())
         high = [b for a, b in found if b > start and values[a:b].mean() > (before + after) / 2]
-        if before > after and len(past) >= SHORTEST and len(last) >= shortest and high[-1] <= end:
-            p = min(1.0, _student(past, last, floor) * comb(len(values), 3))
+        if before > after and len(past) >= SHORTEST and high[-1] <= end:
+            p = min(1.0, _student(past, last, floor) / share(start, stop, end, n, shortest))
             steps.append(Step(high[-1], before, after, p))  # it fell where the last high level ended
     return min(steps, key=lambda found: found.p, default=None)
+
+
+def share(start: int, stop: int, end: int, n: int, shortest: int = 1) -> float:
+    """The weight of comparing values[start:stop] with values[end:]; over all pairs of a series they add up to 1.
+
+    Ends of L numbers share s / (L (L + 1)) from the shortest s on, so that what is new is seen soon. Of that, one half
+    is for all that is before the end, a quarter for what is just before it, a quarter for what is farther back.
+    """
+    length = n - end
+    weight = shortest / (length * (length + 1))
+    if stop == end:
+        return weight / 2 if start == 0 else weight / 4 / max(1, end - SHORTEST)
+    return weight / 4 / comb(end, 2)
 
 
 def reference(before: Numbers, new: Numbers, floor: float) -> Numbers:
