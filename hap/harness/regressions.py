@@ -67,10 +67,10 @@ class Watched:
         return f"{self.series.name}: {change} {since}, p = {self.p:.1g}"
 
 
-def watch(lines: Sequence[Row | Accepted], rate: float = RATE) -> list[Watched]:
-    """Every series that has a number of the last night, judged together; regressions first."""
-    last = history.nights(lines)[-1:]
-    tonight = {each: nights for each, nights in history.series(lines).items() if [nights[-1].name] == last}
+def watch(lines: Sequence[Row | Accepted], night: str | None = None, rate: float = RATE) -> list[Watched]:
+    """Every series that has a number of the night, by default the last, judged together; regressions first."""
+    last = night or next(reversed(history.nights(lines)), None)
+    tonight = {each: nights for each, nights in history.series(lines).items() if nights[-1].name == last}
     asked = [_asked(each, nights[-WINDOW:]) for each, nights in tonight.items()]
     adjusted = iter(holm([p for answers in asked for p, _ in answers]))
     found = [
