@@ -104,6 +104,7 @@ def doctor_machine(results: Results = None) -> None:
 
 
 app.command("nightly")(told(commands.nightly))
+app.command("compare")(told(commands.compare))
 
 
 def _cases(spec: "Spec", name: str | None) -> list["Case"]:
