@@ -98,15 +98,22 @@ def _place(pairs: Sequence[Pairs], theirs: str) -> str:
                 here, there = mine.environment.get(part), other.environment.get(part)
                 if here != there:
                     different[part] = f"{part} {here} here, {there} there"
+    runs = [(mine, other) for each in pairs for mine, other in zip(each.mine, each.theirs, strict=True)]
+    states = {_state(other) for mine, other in runs if mine.code["sha256"] != other.code["sha256"]}
+    old = f" They are of another state of the code, {', '.join(sorted(states))}." if states else ""
     if not different:
         return (
             f"Both ran with the same torch, device and threads; the times of {theirs} are those of its records, of "
-            "another day at least, and on a busy machine a time is no measure."
+            f"another day at least, and on a busy machine a time is no measure.{old}"
         )
     return (
         f"The records of {theirs} were made elsewhere ({'; '.join(different.values())}): a part of each difference may "
-        "be of the machine, and times cannot be compared. --rerun runs HAP's cases here too."
+        f"be of the machine, and times cannot be compared.{old} --rerun runs HAP's cases here too."
     )
+
+
+def _state(run: Run) -> str:
+    return f"commit {run.code['commit'][:10]}" if run.code["commit"] else "without a commit"
 
 
 def _unpaired(pairs: Sequence[Pairs]) -> str | None:

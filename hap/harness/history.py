@@ -78,10 +78,11 @@ class Accepted:
 
 
 class Night(NamedTuple):
-    """What a series was in one night: a number a seed, or one alone; and of which commit."""
+    """What a series was in one night: a number a seed, or one alone; and of which commit and torch."""
 
     name: str
     commit: str
+    torch: str
     values: list[float]
 
 
@@ -131,7 +132,8 @@ def _night(name: str, seeds: Mapping[int | None, list[Row]], metric: str) -> Nig
     rows = [rows[-1] for rows in seeds.values()]
     values = [row.value for row in rows]
     commit = f"{(rows[0].commit or 'an unknown commit')[:10]}{' with changes' if rows[0].dirty else ''}"
-    return Night(name, commit, [median(values)] if metric in PER_NIGHT else values)
+    torch = str(rows[0].machine.get("torch", "unknown"))
+    return Night(name, commit, torch, [median(values)] if metric in PER_NIGHT else values)
 
 
 def _lines(file: Path) -> list[bytes]:

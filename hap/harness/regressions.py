@@ -64,6 +64,8 @@ class Watched:
         if KINDS[self.series.metric].relative:
             change += f" ({100 * (self.after / self.before - 1):+.0f} %)"
         since = f"since {self.since.commit} (night {self.since.name}; before it {self.last_good.commit})"
+        if self.since.torch != self.last_good.torch:
+            since += f", torch {self.since.torch} (before it {self.last_good.torch})"
         return f"{self.series.name}: {change} {since}, p = {self.p:.1g}"
 
 

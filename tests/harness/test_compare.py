@@ -302,11 +302,13 @@ def test_the_sentences_say_what_can_be_concluded(spec):
 def test_the_sentences_say_what_was_not_the_same(spec):
     given = pairs(spec, {"hap@50": [1.0, 1.5]})
     elsewhere = [replace(run, environment={"torch": "3.0", "threads": 2}) for run in given[0].mine]
-    worse = [replace(run, data={**run.data, "official": False}) for run in elsewhere]
+    worse = [
+        replace(run, data={**run.data, "official": False}, code={"commit": None, "sha256": "9"}) for run in elsewhere
+    ]
     other = [with_accuracy(worse[0], "dense", 50.0), worse[1]]
     text = sentences(spec, [replace(given[0], mine=other)])
     assert "made elsewhere (torch 3.0 here, None there; threads 2 here, None there)" in text
-    assert "times cannot be compared" in text
+    assert "times cannot be compared. They are of another state of the code, commit abc. --rerun" in text
     assert "not the same for seed 0: pairs share less" in text
     assert "an unofficial copy" in text
 

@@ -136,7 +136,10 @@ def test_a_series_has_a_number_a_seed_whatever_claims_it_bears_on():
     rows += [replace(ROW, night="n2", dirty=True), replace(ROW, night="n2", case="random")]
     found = history.series(rows)
     assert [(each.case, len(nights)) for each, nights in found.items()] == [("hap", 2), ("random", 1)]
-    assert next(iter(found.values())) == [("n1", "aaaaaaaaaa", [90, 91]), ("n2", "aaaaaaaaaa with changes", [97.5])]
+    assert next(iter(found.values())) == [
+        ("n1", "aaaaaaaaaa", "2.15.0", [90, 91]),
+        ("n2", "aaaaaaaaaa with changes", "2.15.0", [97.5]),
+    ]
     assert next(iter(found)).name == "digits/hap/accuracy/selected"
     assert history.nights(rows) == ["n1", "n2"]
 

@@ -67,6 +67,14 @@ def test_a_sign_error_is_found_in_one_night_although_the_history_is_short():
     (found,) = watch(nights(levels, 3.0))
     assert found.worse
     assert (found.since.name, found.last_good.name) == ("n5", "n4")
+    assert "torch" not in found.line
+
+
+def test_a_new_torch_is_named_where_it_came_with_the_step():
+    history = nights([60.0] * 5 + [10.0], 3.0)
+    history = [replace(row, machine={**row.machine, "torch": "2.16"}) if row.night == "n5" else row for row in history]
+    (found,) = watch(history)
+    assert ", torch 2.16 (before it 2.15.0), p = " in found.line
 
 
 @pytest.mark.parametrize(("metric", "before", "after"), [("loss", 0.05, 0.09), ("drop", 0.5, 2.5), ("overlap", 1, 0.8)])
