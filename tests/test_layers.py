@@ -7,12 +7,13 @@ like to tracing; `heads` picks heads among groups, and `masking` silences groups
 implants of heads in their place.
 
 The harness deviates in that what has no readers yet to come moves
-up: `binding` (how a name in a spec becomes a function), `files`, `provenance`, `events` and `recipe` know nothing of
-the rest; `batchnorm`, `stepping` and `checkpoints` are what training is built of; `tasks` comes before `training`,
-which trains a Task, and so before `cases`, which hold a Recipe; the single tasks come after it, for they train
-themselves. `cases`, a part of `spec` until that grew too long, makes a Case of its tables;
-`upstream`, a method that only specs name, needs no more than a Task. `shapes` and `architecture` are what `store` needs
-to write a pruned model without a pickle: a module, then a model, as a record.
+up: `binding` (how a name in a spec becomes a function), `files`, `provenance`, `freshness` (whether a record is of
+today's code), `events` and `recipe` know nothing of the rest; `batchnorm`, `stepping` and `checkpoints` are what
+training is built of; `tasks` comes before `training`, which trains a Task, and so before `cases`, which hold a Recipe;
+the single tasks come after it, for they train themselves. `cases`, a part of `spec` until that grew too long, makes a
+Case of its tables; `upstream`, a method that only specs name, needs no more than a Task. `shapes` and `architecture`
+are what `store` needs to write a pruned model without a pickle: a module, then a model, as a record. `statistics` and
+`evidence` are what `judge` needs: bounds from numbers, and numbers from runs.
 """
 
 import ast
@@ -32,14 +33,14 @@ CORE = (
     "methods budget plan bridge surgery implants cost testing"
 ).split()
 HARNESS = (
-    "files binding provenance events recipe tasks batchnorm stepping checkpoints training upstream "
+    "files binding provenance freshness events recipe tasks batchnorm stepping checkpoints training upstream "
     "tasks.cache tasks.nets tasks.pickles tasks.data tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
     "tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
     "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
-    "cases spec scoring run shapes architecture pretrained store statistics judge plugin report "
-    "rehearsal doctor progress terminal detect history regressions speed nightly differences comparison "
-    "compare commands cli"
+    "cases spec scoring run shapes architecture pretrained store statistics evidence judge plugin report "
+    "integrity lint rehearsal doctor progress terminal detect history regressions speed nightly differences "
+    "comparison compare commands cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 

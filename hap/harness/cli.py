@@ -1,4 +1,4 @@
-"""The command `hap`: list, run, judge, report, doctor and those of `commands`; imports what a command needs."""
+"""The command `hap`, thin over the rest, which it imports when a command needs it."""
 
 import os
 import sys
@@ -10,13 +10,13 @@ from rich.text import Text
 
 from hap import HapError
 from hap.harness import commands
-from hap.harness.terminal import Names, Results, near, out, paths, results_of, say, told
+from hap.harness.terminal import FOLDER, Names, Results, near, out, paths, results_of, say, told
 
 if TYPE_CHECKING:
     from hap.harness.judge import Verdict
     from hap.harness.spec import Case, Spec
 
-COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "ABSENT": "yellow"}
+COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "ABSENT": "yellow", "STALE": "magenta"}
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Reproduces HAP.")
 
@@ -74,11 +74,15 @@ def run(
 
 @app.command("judge")
 @told
-def judge_specs(specs: Names = None, results: Results = None) -> None:
+def judge_specs(
+    specs: Names = None,
+    release: Annotated[bool, typer.Option("--release", help="UNDECIDED, ABSENT and STALE fail as well.")] = False,
+    results: Results = None,
+) -> None:
     """Judge committed evidence; runs nothing. Exit code 1 if a claim fails that is not known to."""
     from hap.harness.spec import load_spec
 
-    failed = [_summary(load_spec(path), results_of(path, results)) for path in paths(specs or ["all"])]
+    failed = [_summary(load_spec(path), results_of(path, results), release) for path in paths(specs or ["all"])]
     raise typer.Exit(int(any(failed)))
 
 
@@ -91,6 +95,19 @@ def report_specs(specs: Names = None, results: Results = None) -> None:
     for path in paths(specs or ["all"]):
         for file in report.write([path], results_of(path, results)):
             say(near(file))
+
+
+@app.command("lint")
+@told
+def lint_results(results: Results = None) -> None:
+    """Check committed results: sums, differences, budgets, conventions, tables. Exit code 1 if something is wrong."""
+    from hap.harness.lint import lint
+
+    found = lint(FOLDER, results_of(FOLDER / "any", results))
+    for finding in found:
+        say(finding.line)
+    say(f"{len(found)} findings" if found else "nothing is wrong")
+    raise typer.Exit(int(bool(found)))
 
 
 @app.command("doctor")
@@ -156,20 +173,20 @@ def _close(path: Path, spec: "Spec", results: Path) -> bool:
     return failed
 
 
-def _summary(spec: "Spec", results: Path) -> bool:
-    """Tells each claim, what was observed and the verdict; returns whether one is surprising."""
-    from hap.harness import report, store
+def _summary(spec: "Spec", results: Path, release: bool = False) -> bool:
+    """Tells each claim, what was observed and the verdict; returns whether one is surprising, or fit for no release."""
+    from hap.harness import judge, store
 
-    judged = report.verdicts(spec, store.evidence(spec, results))
+    judged = judge.of_today(spec, store.evidence(spec, results))
     say(f"\n{spec.title} ({spec.name})")
     for verdict in judged:
         _tell(verdict)
-    return any(verdict.surprising for verdict in judged)
+    return any(not verdict.released if release else verdict.surprising for verdict in judged)
 
 
 def _tell(verdict: "Verdict") -> None:
     out.print(Text.assemble((f"  {verdict.outcome:10}", COLOURS[verdict.outcome]), verdict.claim.text), soft_wrap=True)
-    notes = [verdict.measured, verdict.reason, f"source: {verdict.claim.source}"]
+    notes = [verdict.measured, *verdict.notes, f"source: {verdict.claim.source}"]
     for note in [*notes, f"known: {verdict.claim.known}" if verdict.claim.known else ""]:
         if note:
             say(f"             {note}")

@@ -7,20 +7,12 @@ seeds and the error that a finite test set leaves (`hap.harness.statistics`).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
+from hap.harness.evidence import measured
 from hap.harness.run import Run
-from hap.harness.spec import Case, Spec
-from hap.harness.statistics import (
-    Interval,
-    counted,
-    deviation,
-    holm,
-    interval,
-    p_value,
-    variance,
-    variance_of_difference,
-)
+from hap.harness.spec import Case, Claim, Spec
+from hap.harness.statistics import Interval, deviation, holm, p_value
 
 STAGES = ("one_shot", "selected")
 ALPHA = 0.05  # of the family of all differences that are told together
@@ -87,28 +79,15 @@ def _difference(metric: str, pairs: Pairs, stage: str, bounds: Interval | None, 
 
 def _compared(metric: str, pairs: Pairs, stage: str) -> tuple[Interval | None, float]:
     """The two-sided interval of the paired differences, and the p at which it decides."""
-    mine, theirs = (values(runs, metric, stage) for runs in (pairs.mine, pairs.theirs))
-    apart = [a - b for a, b in zip(mine, theirs, strict=True)]
-    if len(apart) < 2 or deviation(apart) == 0:
+    what: dict[str, Any] = {"metric": metric, "stage": stage, "op": ">=", "value": 0.0}
+    claim = Claim(text="a comparison", source="two methods", case="mine", against="theirs", **what)
+    seeds = [run.seed for run in pairs.mine]
+    found = measured(claim, {"mine": pairs.mine, "theirs": pairs.theirs}, seeds)
+    if len(seeds) < 2 or deviation(found.values) == 0:
         return None, 1.0  # no spread is to be seen, which does not say that there is none
-    error = _sampling(metric, pairs, stage)
 
     def decided(confidence: float) -> bool:
-        found = interval(apart, confidence, sampling=error, bootstrap=True)
-        return found.low > 0 or found.high < 0
+        bounds = found.at(confidence)
+        return bounds.low > 0 or bounds.high < 0
 
-    bounds = interval(apart, 1 - ALPHA / 2, sampling=error, bootstrap=True)
-    return bounds, min(1.0, 2 * p_value(decided))
-
-
-def _sampling(metric: str, pairs: Pairs, stage: str) -> float:
-    """The standard error, in points, that the size of the test set leaves in the mean difference; 0 where unknown."""
-    runs = [*pairs.mine, *pairs.theirs]
-    samples = counted([run.metrics[each]["accuracy"] for run in runs for each in ("dense", stage)])
-    if samples is None:
-        return 0.0
-    sides = [
-        [fmean(values(runs, what, stage)) / 100 for what in (metric, "accuracy")] for runs in (pairs.mine, pairs.theirs)
-    ]
-    one, other = (variance(metric, value, accuracy) for value, accuracy in sides)
-    return float(100 * (variance_of_difference(one, other, sides[0][0] - sides[1][0]) / samples) ** 0.5)
+    return found.at(1 - ALPHA / 2), min(1.0, 2 * p_value(decided))

@@ -19,9 +19,9 @@ import torch
 
 from hap.harness import provenance, speed, store
 from hap.harness.doctor import ready
+from hap.harness.evidence import value
 from hap.harness.files import cache, caching
 from hap.harness.history import SPEED, Row
-from hap.harness.judge import value
 from hap.harness.run import Run
 from hap.harness.spec import STAGELESS, Case, Claim, Spec, require
 from hap.harness.tasks import MissingData

@@ -29,14 +29,19 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def code(package: Path = Path(hap.__file__).parent) -> dict[str, Any]:
     """The sha256 over the sources of `package`; its commit, and whether it differs from it, where git knows it."""
-    total = sha256()
-    for file in sorted(package.rglob("*.py")):
-        total.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
     # a copy installed inside another repository is not of that repository's commit
     tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None
     commit = _git(package, "rev-parse", "HEAD") if tracked else None
     dirty = bool(_git(package, "status", "--porcelain", "--", ".")) if commit else None
-    return {"commit": commit, "dirty": dirty, "sha256": total.hexdigest()}
+    return {"commit": commit, "dirty": dirty, "sha256": checksum(package)}
+
+
+def checksum(package: Path) -> str:
+    """The sha256 over the names and the bytes of the sources of `package`."""
+    total = sha256()
+    for file in sorted(package.rglob("*.py")):
+        total.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
+    return total.hexdigest()
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

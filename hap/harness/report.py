@@ -15,9 +15,9 @@ from typing import Any
 import pandas as pd
 
 from hap import HapError
-from hap.harness import store
+from hap.harness import judge, store
 from hap.harness.files import atomic_write
-from hap.harness.judge import Verdict, describe, judge
+from hap.harness.judge import Verdict, describe
 from hap.harness.run import Run
 from hap.harness.spec import Reported, Spec, find_specs, load_spec
 
@@ -115,7 +115,7 @@ def figures(spec: Spec, runs: Runs, results: Path, root: Path) -> list[Path]:
 
 def verdicts(spec: Spec, runs: Runs) -> list[Verdict]:
     """The verdict of each claim of a spec."""
-    return [judge(claim, runs, spec.seeds) for claim in spec.claims]
+    return judge.verdicts(spec.claims, runs, spec.seeds)
 
 
 def summary(specs: Path, results: Path) -> Path:
@@ -220,8 +220,7 @@ def _section(spec: Spec, judged: list[Verdict]) -> str:
 def _judged(verdict: Verdict) -> list[str]:
     claim, known = verdict.claim, f" (known: {verdict.claim.known})" if verdict.claim.known else ""
     why = f": {verdict.reason}" if verdict.reason else ""
-    bounds = "" if verdict.low is None else f" ({verdict.low:.4g} to {verdict.high:.4g})"
-    observed = "-" if verdict.observed is None else f"{verdict.observed:.4g}{bounds}"
+    observed = "-" if verdict.observed is None else f"{verdict.observed:.4g}{verdict.bounds}"
     seeds = str(len(verdict.seeds)) if verdict.observed is not None else "0"
     return [claim.text, claim.source, describe(claim), observed, f"**{verdict.outcome}**{why}{known}", seeds]
 

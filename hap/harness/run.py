@@ -17,6 +17,7 @@ from hap.cost import latency, macs, params
 from hap.groups import Groups, couple
 from hap.harness.batchnorm import recalibrate
 from hap.harness.binding import Ref
+from hap.harness.freshness import decides, entrances
 from hap.harness.provenance import code, environment
 from hap.harness.scoring import Scoring, remembered
 from hap.harness.spec import Case
@@ -84,8 +85,8 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
         cost=cost,
         seconds=clock.seconds,
         environment=where,
-        code=code(),
-        data=asdict(task.data),
+        code={**code(), "decides": decides(entrances(case.config))},
+        data=asdict(task.data) | ({"test_samples": task.test_samples} if task.test_samples else {}),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=[*task.notes, *score.warnings, *curve.notes],
     )

@@ -60,6 +60,15 @@ class Reported(Strict):
     source: Text
 
 
+class Base(Strict):
+    """The published test accuracy of a dense network, which `lint` holds its records to; part of no key."""
+
+    task: Text  # the function of the workload
+    accuracy: Percent
+    tolerance: Percent
+    source: Text
+
+
 class Spec(Strict):
     """One table or figure of a paper: its cases, its seeds and what is claimed of them."""
 
@@ -72,6 +81,7 @@ class Spec(Strict):
     claims: tuple[Claim, ...]
     metric: Main = "accuracy"  # that tables and figures show
     reported: tuple[Reported, ...] = ()
+    bases: tuple[Base, ...] = ()
     needs: str | None = None  # the machine and the time that its runs take
 
 
@@ -87,6 +97,7 @@ class _File(Strict):
     claims: tuple[Claim, ...] = ()
     metric: Main = "accuracy"
     reported: tuple[Reported, ...] = ()
+    bases: tuple[Base, ...] = ()
     needs: Text | None = None
 
 
@@ -151,7 +162,11 @@ def _spec(name: str, file: _File) -> Spec:
             cases[case.name] = case
     for number, claim in enumerate(file.claims, start=1):
         _claim(f"claims[{number}]", claim, cases)
-    shown = ("title", "paper", "tier", "seeds", "claims", "metric", "reported", "needs")
+    tasks = sorted({case.task.use for case in cases.values()})
+    for number, base in enumerate(file.bases, start=1):
+        if base.task not in tasks:
+            raise wrong(f"bases[{number}].task", f"must be that of a case, one of {', '.join(tasks)}", base.task)
+    shown = ("title", "paper", "tier", "seeds", "claims", "metric", "reported", "bases", "needs")
     parts = {part: getattr(file, part) for part in shown}
     return Spec(name=name, cases=cases, **parts)
 

@@ -56,6 +56,12 @@ def interval(
     return expected(math.fsum(values) / len(values), spread, len(values), confidence, sampling=sampling)
 
 
+def bounds(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean, lower and upper one-sided bound of Student."""
+    found = interval(values, confidence)
+    return found.mean, found.low, found.high
+
+
 def expected(mean: float, deviation: float, seeds: int, confidence: float = 0.95, *, sampling: float = 0.0) -> Interval:
     """Student's bounds for so many seeds with this mean and standard deviation."""
     from scipy.stats import t
@@ -100,7 +106,7 @@ def p_value(decided: Callable[[float], bool]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values adjusted for their number [Holm79]: at most alpha is rejected, with a family-wise error of alpha."""
+    """The p-values adjusted for their number [Holm79]: to reject those up to alpha errs anywhere at most that often."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -124,24 +130,14 @@ def confidences(p_values: Sequence[float], stated: Sequence[float]) -> list[floa
     return found
 
 
-def further(
-    values: Sequence[float], decided: Callable[[Interval], bool], confidence: float, *, sampling: float = 0.0
-) -> int | None:
-    """The least number of further seeds that would decide if mean and spread stay; None where MOST_SEEDS would not.
-
-    By Student's bounds, and by two seeds in all where one was made: its spread is not known.
-    """
-    mean, spread = math.fsum(values) / len(values), deviation(values)
-
-    def enough(more: int) -> bool:
-        return decided(expected(mean, spread, len(values) + more, confidence, sampling=sampling))
-
-    if spread == 0 or not enough(MOST_SEEDS):
+def further(decided: Callable[[int], bool]) -> int | None:
+    """The least number of further seeds with which `decided` says yes; None where MOST_SEEDS are not enough."""
+    if not decided(MOST_SEEDS):
         return None
     few, many = 0, MOST_SEEDS
     while many - few > 1:
         middle = (few + many) // 2
-        few, many = (few, middle) if enough(middle) else (middle, many)
+        few, many = (few, middle) if decided(middle) else (middle, many)
     return many
 
 
@@ -169,7 +165,7 @@ def variance_of_difference(first: float, second: float, difference: float) -> fl
     the rule is the middle of the two. On networks whose errors are known (in the tests) it is right to a tenth where
     they were trained apart, and on the safe side where they were pruned from one.
     """
-    least = abs(difference) * (1 - abs(difference))
+    least = max(0.0, abs(difference) * (1 - abs(difference)))
     return (first + second + least) / 2
 
 

@@ -89,6 +89,7 @@ def implant(module, rows, inputs):
 
 
 not_a_function = 3
+LARGE = 10**15  # samples of a test set
 
 
 def write_spec(folder: Path, text: str = SPEC, name: str = "table") -> Path:
@@ -139,7 +140,8 @@ def fake_run(case: Any, seed: int, **changes: Any) -> Any:
         },
         environment={"python": "3.11"},
         code={"commit": "abc", "dirty": False, "sha256": "0" * 64},
-        data={"name": "digits", "sha256": "1" * 64, "official": True, "note": ""},
+        # a test set so large that its error is none
+        data={"name": "digits", "sha256": "1" * 64, "official": True, "note": "", "test_samples": LARGE},
         created="2026-11-21T12:00:00+00:00",
     )
     return replace(made, **changes)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fakes import SPEC, fake_run, with_accuracy, write_spec
+from fakes import LARGE, SPEC, fake_run, with_accuracy, write_spec
 from typer.testing import CliRunner
 
 from hap.harness import cli, store, terminal
@@ -44,8 +44,9 @@ def test_run_makes_judges_reports_and_sums_up(folder):
     assert "table [6/6] random seed 2: there after 0.0 s" in told.stdout
     assert (
         "  HOLDS     hap is no worse than random\n"
-        "             observed 0.55 (0.4657 to 0.6343) over 3 seeds, "
+        f"             observed 0.55 (0.4657 to 0.6343; Student, test set of {LARGE}) over 3 seeds, "
         "claimed accuracy selected of hap - random >= 0 ± 0.5\n"
+        "             whether its code is that of today is not known: git has no commit abc here\n"
         "             source: the suite\n"
     ) in told.stdout
     for file in ("results/table", "results/tables/table.csv", "results/tables/table.md", "results/VERDICTS.md"):
@@ -112,6 +113,15 @@ def test_judge_runs_nothing_and_fails_on_a_surprise(folder):
     told = hap("judge", "table")
     assert told.exit_code == 0
     assert "known: a made-up world" in told.stdout
+
+
+def test_judge_for_a_release_fails_on_what_is_absent_or_of_unknown_age(folder):
+    assert hap("judge", "--release").exit_code == 1
+    hap("run", "table")
+    assert hap("judge").exit_code == 0
+    told = hap("judge", "table", "--release")
+    assert told.exit_code == 1
+    assert "whether its code is that of today is not known: git has no commit abc here" in told.stdout
 
 
 def test_report_writes_from_evidence(folder):

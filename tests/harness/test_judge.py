@@ -2,12 +2,15 @@ import math
 from dataclasses import replace
 
 import pytest
-from fakes import fake_run, with_accuracy, write_spec
+from fakes import LARGE, fake_run, with_accuracy, write_spec
 
-from hap.harness.judge import Outcome, bounds, describe, judge, value
+from hap.harness.evidence import value
+from hap.harness.freshness import FRESH, Age
+from hap.harness.judge import Outcome, describe, judge, verdicts
 from hap.harness.spec import Claim, load_spec
 
-HOLDS, FAILS, UNDECIDED, ABSENT = Outcome
+HOLDS, FAILS, UNDECIDED, ABSENT, STALE = Outcome
+STUDENT = f"Student, test set of {LARGE}"
 
 
 @pytest.fixture
@@ -29,17 +32,6 @@ def spread(case):
 def claim(**changes):
     given = {"text": "t", "source": "s", "case": "hap", "metric": "accuracy", "op": ">=", "value": 94.0}
     return Claim(**{**given, **changes})
-
-
-def test_bounds_are_those_of_student_by_hand():
-    """93, 94, 95: s = 1, t(0.95, 2) = 2.919986, so the half width is 2.919986 / sqrt(3) = 1.685854."""
-    mean, low, high = bounds([93.0, 94.0, 95.0], 0.95)
-    assert (mean, low, high) == pytest.approx((94.0, 92.314146, 95.685854), abs=1e-6)
-
-
-def test_bounds_at_another_confidence_by_hand():
-    """Two values, 1 and 3: s = sqrt(2), t(0.9, 1) = 3.077684, half width 3.077684."""
-    assert bounds([1.0, 3.0], 0.9) == pytest.approx((2.0, -1.077684, 5.077684), abs=1e-6)
 
 
 # accuracies 93, 94, 95 have the bounds 92.314 and 95.686
@@ -71,7 +63,9 @@ def test_the_outcome_follows_from_the_bounds(spread, op, claimed, tolerance, out
     assert verdict.outcome is outcome
     assert (verdict.observed, verdict.low, verdict.high) == pytest.approx((94.0, 92.314146, 95.685854), abs=1e-6)
     assert verdict.seeds == (0, 1, 2)
-    assert verdict.reason == ("the interval crosses the bound" if outcome is UNDECIDED else "")
+    assert verdict.reason.startswith("the interval crosses the bound; " if outcome is UNDECIDED else "")
+    assert bool(verdict.reason) == (outcome is UNDECIDED)
+    assert verdict.method == STUDENT
 
 
 def test_the_confidence_of_the_claim_counts(spread):
@@ -140,7 +134,7 @@ def test_equal_accuracies_of_different_models_are_luck(spread):
     lucky[1] = with_accuracy(lucky[1], "selected", 94.0, 0.2)
     verdict = judge(claim(), {"hap": lucky})
     assert (verdict.outcome, verdict.reason) == (UNDECIDED, "equal by chance: the spread is not known")
-    assert judge(claim(), {"hap": spread(94.0, 94.0, loss=0.1)}).outcome is HOLDS
+    assert judge(claim(value=93.9), {"hap": spread(94.0, 94.0, loss=0.1)}).outcome is HOLDS
     assert judge(claim(metric="drop", op="<=", value=1.0), {"hap": lucky}).outcome is UNDECIDED
 
 
@@ -170,7 +164,8 @@ def test_the_number_of_a_run(case, metric, stage, expected):
 def test_a_verdict_is_one_line_a_person_can_read(spread):
     verdict = judge(claim(value=92.4, tolerance=0.1), {"hap": spread(93.0, 94.0, 95.0)})
     assert verdict.line == (
-        "HOLDS: t [s]: observed 94 (92.31 to 95.69) over 3 seeds, claimed accuracy selected of hap >= 92.4 ± 0.1"
+        f"HOLDS: t [s]: observed 94 (92.31 to 95.69; {STUDENT}) over 3 seeds, "
+        "claimed accuracy selected of hap >= 92.4 ± 0.1"
     )
     assert describe(claim(metric="params_pruned")) == "params_pruned of hap >= 94"
 
@@ -192,3 +187,132 @@ def test_a_ranking_is_judged_by_its_spread_and_is_never_certain(case):
     assert (verdict.outcome, verdict.observed) == (HOLDS, pytest.approx(0.21))
     assert describe(made) == "spearman of hap <= 0.3"
     assert judge(claim(metric="overlap", value=0.4), {"hap": runs}).outcome is UNDECIDED  # equal, but by chance
+
+
+def sized(runs, size):
+    """The same runs, on a test set of this size; None: their records do not tell it."""
+    told = {} if size is None else {"test_samples": size}
+    untold = {key: kept for key, kept in runs[0].data.items() if key != "test_samples"}
+    return [replace(run, data={**untold, **told}) for run in runs]
+
+
+def test_the_error_of_the_test_set_is_in_the_bounds(spread):
+    """Accuracy 0.94 on 400 samples: 1.1874 points; sqrt(1.685854^2 + (1.644854 x 1.1874)^2) = 2.5801."""
+    verdict = judge(claim(value=92.3), {"hap": sized(spread(93.0, 94.0, 95.0), 400)})
+    assert (verdict.outcome, verdict.method) == (UNDECIDED, "Student, test set of 400")
+    assert verdict.low == pytest.approx(94 - 2.5801, abs=1e-3)
+    assert judge(claim(value=92.3), {"hap": spread(93.0, 94.0, 95.0)}).outcome is HOLDS
+
+
+def test_the_size_of_the_test_set_is_read_off_where_the_record_does_not_tell_it(spread):
+    """93.2, 94 and 95.1, and 60 to 62 and 94.5 to 94.7 of the other stages: counts of 1,000."""
+    verdict = judge(claim(), {"hap": sized(spread(93.2, 94.0, 95.1), None)})
+    assert verdict.method == "Student, test set of 1000"
+
+
+def test_what_one_network_counts_on_the_images_of_its_source_has_no_error(spread):
+    runs = {"hap": sized(spread(94.0, 94.5), 100)}
+    dense = judge(claim(stage="dense", op="==", value=95.0, tolerance=0.05), runs)
+    assert (dense.outcome, dense.method) == (HOLDS, "exact")
+    same = {"hap": sized(spread(94.0, 94.0, loss=0.1), 100)}
+    pruned = judge(claim(value=91.0), same)  # as certain, but a claim on new images
+    assert (pruned.outcome, pruned.method) == (UNDECIDED, "no spread over seeds, test set of 100")
+    assert "no number of seeds would decide it: a test set of 100 is too small" in pruned.reason
+
+
+def test_a_difference_has_the_error_of_two_networks_on_one_test_set(spread):
+    """Variances 0.0475 and 0.0564, difference 0.01: (0.0475 + 0.0564 + 0.0099) / 2 = 0.0569; / 100: 2.385 points."""
+    mine, theirs = (sized(spread(a, a, loss=0.1), 100) for a in (95.0, 94.0))
+    verdict = judge(claim(against="random", value=0.0), {"hap": mine, "random": theirs})
+    assert verdict.low == pytest.approx(1 - 1.644854 * 2.3854, abs=1e-3)
+    drop = judge(claim(metric="drop", op="<=", value=1.0), {"hap": sized(spread(94.0, 94.0, loss=0.1), 100)})
+    assert drop.high == pytest.approx(1 + 1.644854 * 2.3854, abs=1e-3)
+
+
+@pytest.mark.parametrize("metric", ["loss", "params_pruned", "speedup"])
+def test_a_test_set_says_nothing_of_a_loss_or_a_cost(spread, metric):
+    verdict = judge(claim(metric=metric, value=0.0), {"hap": sized(spread(93.0, 94.0, 95.0), 100)})
+    assert "test set" not in verdict.method
+
+
+@pytest.mark.parametrize(("metric", "error"), [("f1", 6.1968), ("matthews", 6.0)])
+def test_other_metrics_have_an_error_of_their_own(spread, metric, error):
+    """F1 of 0.8 at 0.9 accuracy: a = 0.2, root of 4 x 0.2 x 0.1 x 0.3 / 0.5^4 / 100 = 0.0620; r of 0.8: 0.06."""
+    runs = sized(spread(90.0, 90.0, loss=0.1), 100)
+    runs = [replace(r, metrics={**r.metrics, "selected": {**r.metrics["selected"], metric: 80.0}}) for r in runs]
+    verdict = judge(claim(metric=metric, value=1.0), {"hap": runs})
+    assert verdict.low == pytest.approx(80 - 1.644854 * error, abs=1e-3)
+
+
+def test_an_undecided_claim_tells_the_seeds_it_would_take(spread):
+    """94 with s = 1: the bound at 93 is first cleared by 5 seeds, 94 - 2.132 / sqrt(5) = 93.05; by 4, 92.82."""
+    verdict = judge(claim(value=93.0), {"hap": spread(93.0, 94.0, 95.0)})
+    assert verdict.further == 2
+    assert verdict.reason == "the interval crosses the bound; 2 further seeds would decide it if mean and spread stay"
+    on = judge(claim(value=94.0), {"hap": spread(93.0, 94.0, 95.0)})
+    assert on.further is None
+    assert on.reason.endswith("1000 further seeds would not decide it: the mean sits on the bound")
+
+
+def test_ten_seeds_of_a_difference_are_bootstrapped(spread):
+    ten = [94.0 + gap for gap in (0.1, 0.2, 0.1, 0.3, 0.2, 0.1, 2.0, 0.2, 0.3, 0.1)]
+    runs = {"hap": spread(*ten), "random": spread(*[94.0] * 10)}
+    verdict = judge(claim(against="random", value=0.0), runs)
+    assert (verdict.outcome, verdict.method) == (HOLDS, f"BCa, test set of {LARGE}")
+    assert verdict.high - verdict.observed > verdict.observed - verdict.low
+    assert judge(claim(), runs).method == STUDENT  # no difference
+    assert judge(claim(against="random"), {name: each[:9] for name, each in runs.items()}).method == STUDENT
+
+
+def family(size, **changes):
+    """A clear claim on hap and random, and others that say less."""
+    return [claim(against="random", value=value, **changes) for value in [0.2, *range(1, size)]]
+
+
+def test_comparisons_of_a_spec_are_corrected_as_one_family(spread):
+    """Differences 0.7, 1.0, 1.3 are above 0.2 with p = 0.0217 by t(2) = 4.62: enough alone, and not twice."""
+    runs = {"hap": spread(94.7, 95.0, 95.3), "random": spread(94.0, 94.0, 94.0, loss=0.1)}
+    alone, one = judge(family(1)[0], runs), verdicts(family(1), runs)[0]
+    assert (alone, alone.outcome, alone.method) == (one, HOLDS, STUDENT)
+    two = verdicts(family(2), runs)
+    assert [each.outcome for each in two] == [HOLDS, UNDECIDED]  # 0.0217 x 2 is below 0.05
+    assert two[0].method == f"{STUDENT}, Holm over 2: p 0.044"
+    three = verdicts(family(3), runs)
+    assert three[0].outcome is UNDECIDED
+    assert three[0].reason.startswith("alone it HOLDS, among 3 comparisons it does not (Holm); 1 further seed would")
+    assert (three[0].low, three[0].high) == (alone.low, alone.high)  # the bounds are those of the claim
+    beside = [*family(1), claim(value=90.0), claim(value=91.0), claim(against="gone")]
+    assert verdicts(beside, runs)[0].outcome is HOLDS  # claims that compare nothing, or have no evidence, do not count
+    assert verdicts(family(3, confidence=0.9), runs)[0].outcome is HOLDS
+
+
+def test_what_fails_is_corrected_as_well(spread):
+    runs = {"hap": spread(94.7, 95.0, 95.3), "random": spread(94.0, 94.0, 94.0, loss=0.1)}
+    failing = claim(against="random", op="<=", value=0.2)
+    assert judge(failing, runs).outcome is FAILS
+    assert verdicts([failing, family(2)[1], family(2)[1]], runs)[0].outcome is UNDECIDED
+
+
+def test_stale_evidence_keeps_what_it_says(spread):
+    runs = {"hap": spread(93.0, 94.0, 95.0)}
+    old = {0: FRESH, 1: Age("stale", "f changed"), 2: Age("unknown", "no git")}
+    verdict = judge(claim(value=92.0), runs, aged=lambda run: old[run.seed])
+    assert (verdict.outcome, verdict.says, verdict.observed) == (STALE, HOLDS, 94.0)
+    assert verdict.line.startswith(f"STALE: t [s]: observed 94 (92.31 to 95.69; {STUDENT}) over 3 seeds, claimed")
+    assert verdict.line.endswith("; the evidence says HOLDS, but f changed")
+    assert not verdict.released
+    unknown = judge(claim(value=80.0), runs, (0, 2), aged=lambda run: old[run.seed])
+    assert (unknown.outcome, unknown.released, unknown.notes[-1]) == (HOLDS, False, "no git")
+    fresh = judge(claim(value=92.0), {"hap": spread(93.9, 94.0, 94.1)}, aged=lambda run: FRESH)
+    assert (fresh.outcome, fresh.released, fresh.notes) == (HOLDS, True, [])
+    failed = judge(claim(value=99.0), runs, aged=lambda run: old[1])
+    assert (failed.outcome, failed.says, failed.surprising) == (STALE, FAILS, True)
+    absent = judge(claim(against="random"), runs, aged=lambda run: old[1])
+    assert (absent.outcome, absent.released) == (ABSENT, False)
+
+
+@pytest.mark.parametrize(("value_", "known", "released"), [(92, None, True), (99, None, False), (99, "w", True)])
+def test_a_release_wants_claims_decided_and_no_surprise(spread, value_, known, released):
+    verdict = judge(claim(value=value_, known=known), {"hap": spread(93.0, 94.0, 95.0)}, aged=lambda run: FRESH)
+    assert verdict.released is released
+    assert not judge(claim(value=94.0), {"hap": spread(93.0, 94.0, 95.0)}, aged=lambda run: FRESH).released

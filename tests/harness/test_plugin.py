@@ -1,12 +1,15 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import scipy.stats  # noqa: F401 - pytester forgets what a test imports, and scipy cannot be imported twice
 from fakes import SPEC, fake_run, with_accuracy, write_spec
 
 from hap.harness import store
+from hap.harness.freshness import decides, entrances
 from hap.harness.spec import load_spec
 from hap.harness.tasks import MissingData
 
@@ -104,7 +107,9 @@ def test_an_undecided_claim_skips_with_the_reason(project):
     evidence(project, random=[90.0, 94.0, 98.0])
     result = check(project, "-m", "claim")
     result.assert_outcomes(passed=1, skipped=1, deselected=7)
-    result.stdout.fnmatch_lines(["SKIPPED*UNDECIDED: hap is no worse*the interval crosses the bound"])
+    result.stdout.fnmatch_lines(
+        ["SKIPPED*UNDECIDED: hap is no worse*the interval crosses the bound; 114 further seeds would*"]
+    )
 
 
 def test_a_claim_that_fails_leaves_one_line_and_no_traceback(project):
@@ -120,6 +125,113 @@ def test_a_claim_that_fails_leaves_one_line_and_no_traceback(project):
 
 def known(project):
     project.spec.write_text(SPEC + 'known = "a made-up world"\n')
+
+
+def test_each_verdict_is_a_line_of_the_summary(project):
+    evidence(project, random=[93.0, 93.1, 93.25])
+    result = check(project, "-m", "claim")
+    result.stdout.fnmatch_lines(
+        [
+            "*= claims =*",
+            "HOLDS: more than 70 % of the parameters go [[][[]Yu22] abstract]: observed 72 (72 to 72; exact) over*",
+            "HOLDS: hap is no worse than random [[]the suite]: observed 0.9833 (0.9347 to 1.032; Student, *",
+        ]
+    )
+    check(project, "-m", "run").stdout.no_fnmatch_line("*= claims =*")
+
+
+def test_junit_carries_what_a_verdict_is_made_of(project):
+    evidence(project, random=[93.0, 93.1, 93.25])
+    check(project, "-m", "claim", "--junitxml=claims.xml").assert_outcomes(passed=2, deselected=7)
+    cases = ElementTree.parse(project.path / "claims.xml").getroot().iter("testcase")
+    told = [{each.get("name"): each.get("value") for each in case.iter("property")} for case in cases]
+    assert float(told[1]["value"]) == pytest.approx(0.98333, abs=1e-4)
+    assert float(told[1]["low"]) < float(told[1]["value"]) < float(told[1]["high"])
+    kept = {name: told[1][name] for name in ("outcome", "evidence", "source", "op", "bound", "tolerance", "seeds")}
+    assert kept == {
+        "outcome": "HOLDS",
+        "evidence": "HOLDS",
+        "source": "the suite",
+        "op": ">=",
+        "bound": "0.0",
+        "tolerance": "0.5",
+        "seeds": "0 1 2",
+    }
+    assert told[1]["verdict"].startswith("HOLDS: hap is no worse than random [the suite]: observed")
+    assert "further_seeds" not in told[1]
+
+
+def test_junit_of_a_claim_without_evidence_has_no_value(project):
+    check(project, "-m", "claim", "--junitxml=claims.xml")
+    case = next(ElementTree.parse(project.path / "claims.xml").getroot().iter("testcase"))
+    told = {each.get("name"): each.get("value") for each in case.iter("property")}
+    assert told["outcome"] == "ABSENT"
+    assert "value" not in told
+
+
+SELECTED = {"hap": [94.0, 94.1, 94.2], "random": [93.0, 93.1, 93.25]}
+
+
+def today(project, change=None):
+    """Evidence of today's code, except where what decides it is said to be `change`."""
+    spec = load_spec(project.spec)
+    for case in spec.cases.values():
+        for seed in spec.seeds:
+            made = fake_run(case, seed)
+            code = {**made.code, "decides": change or decides(entrances(case.config))}
+            made = with_accuracy(replace(made, code=code), "selected", SELECTED[case.name][seed])
+            store.save(made, project.path / "results")
+
+
+def test_a_release_passes_on_claims_that_hold_on_evidence_of_today(project):
+    today(project)
+    check(project, "-m", "claim", "--release").assert_outcomes(passed=2, deselected=7)
+
+
+def test_a_release_fails_on_evidence_of_other_code_that_passes_else(project):
+    today(project, "0" * 64)
+    result = check(project, "-m", "claim")
+    result.assert_outcomes(passed=2, deselected=7)
+    result.stdout.fnmatch_lines(
+        ["STALE: hap is no worse*; the evidence says HOLDS, but what decides it has changed since it was made"]
+    )
+    result = check(project, "-m", "claim", "--release")
+    result.assert_outcomes(failed=2, deselected=7)
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_a_release_fails_on_evidence_whose_age_is_not_known(project):
+    evidence(project, random=SELECTED["random"])
+    check(project, "-m", "claim").assert_outcomes(passed=2, deselected=7)
+    result = check(project, "-m", "claim", "--release")
+    result.assert_outcomes(failed=2, deselected=7)
+    result.stdout.fnmatch_lines(
+        ["HOLDS: *; whether its code is that of today is not known: git has no commit abc here"]
+    )
+
+
+def test_a_release_fails_on_what_is_absent(project):
+    result = check(project, "-m", "claim", "--release")
+    result.assert_outcomes(failed=2, deselected=7)
+    result.stdout.fnmatch_lines(["ABSENT: *"])
+
+
+def test_a_release_fails_on_what_is_undecided(project, monkeypatch):
+    monkeypatch.setitem(SELECTED, "random", [90.0, 94.0, 98.0])
+    today(project)
+    result = check(project, "-m", "claim", "--release")
+    result.assert_outcomes(failed=1, passed=1, deselected=7)
+    result.stdout.fnmatch_lines(["UNDECIDED: *"])
+
+
+def test_a_release_may_go_out_with_a_failure_that_is_known(project, monkeypatch):
+    known(project)
+    monkeypatch.setitem(SELECTED, "random", [97.0, 97.2, 97.1])
+    today(project)
+    check(project, "-m", "claim", "--release").assert_outcomes(passed=1, xfailed=1, deselected=7)
+    today(project, "0" * 64)
+    check(project, "-m", "claim").assert_outcomes(passed=1, xfailed=1, deselected=7)
+    check(project, "-m", "claim", "--release").assert_outcomes(failed=2, deselected=7)
 
 
 def test_a_claim_known_to_fail_is_an_expected_failure(project):

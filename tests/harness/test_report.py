@@ -108,8 +108,8 @@ def test_verdicts_tell_claim_source_observation_and_seeds(tmp_path, saved):
     text = file.read_text()
     assert file == saved / "VERDICTS.md"
     assert (
-        "| 1 | more than 70 % of the parameters go | [Yu22] abstract | params_pruned of hap >= 70 | 72 (72 to 72) | "
-        "**HOLDS** | 3 |"
+        "| 1 | more than 70 % of the parameters go | [Yu22] abstract | params_pruned of hap >= 70 "
+        "| 72 (72 to 72; exact) | **HOLDS** | 3 |"
     ) in text
     assert "| **ABSENT**: no evidence for seed 1, 2 | 0 |" in text
 

@@ -493,3 +493,36 @@ def test_a_case_under_smoke_has_its_own_key_unless_nothing_changed(tmp_path):
     keys = [smoke(case).key for case in cases.values()]
     assert len(set(keys)) == len(keys)
     assert smoke(smoke(cases["many"])) == smoke(cases["many"])
+
+
+BASES = """
+[[bases]]
+task = "fakes:task"
+accuracy = 91.73
+tolerance = 0.05
+source = "a README"
+"""
+
+
+def test_the_published_accuracy_of_a_network_is_read_and_is_part_of_no_key(tmp_path):
+    spec = load(tmp_path, SPEC + BASES)
+    assert [(base.task, base.accuracy, base.tolerance) for base in spec.bases] == [("fakes:task", 91.73, 0.05)]
+    assert {case.key for case in spec.cases.values()} == {case.key for case in load(tmp_path, SPEC).cases.values()}
+    assert load(tmp_path, SPEC).bases == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"fakes:task"\nacc', '"fakes:other"\nacc', "bases[1].task: must be that of a case, one of fakes:task (found"),
+        ("= 91.73", "= 191.73", "bases[1].accuracy: Input should be less than or equal to 100"),
+        ("tolerance = 0.05", "", "bases[1].tolerance: is required"),
+        ('source = "a README"', "", "bases[1].source: is required"),
+        ("[[bases]]", "[bases]", "bases: Input should be a valid"),
+    ],
+)
+def test_a_mistake_in_a_published_accuracy_is_told(tmp_path, old, new, told):
+    assert old in BASES
+    with pytest.raises(HapError) as caught:
+        load(tmp_path, SPEC + BASES.replace(old, new))
+    assert told in str(caught.value)

@@ -2,7 +2,6 @@ import itertools
 import math
 import random
 import warnings
-from functools import partial
 
 import numpy as np
 import pytest
@@ -212,25 +211,32 @@ def test_holm_keeps_the_family_wise_error():
     assert np.mean(families.min(1) <= 0.05) > 0.3
 
 
-def test_further_seeds_are_the_fewest_that_decide():
-    """By trying each number in turn."""
-    values = [0.2, -0.3, 0.5]
-    decide = partial(lambda found, bottom: holds(">=", found, bottom, math.inf), bottom=-0.1)
+def above(bottom, values, sampling=0.0):
+    """Whether so many further seeds decide that a mean is above `bottom` or below."""
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
-    bounds = (mean - stats.t.ppf(0.95, n - 1) * spread / n**0.5 for n in range(4, 2000))
-    turn = next(more for more, low in enumerate(bounds, start=1) if low >= -0.1)
-    assert further(values, decide, 0.95) == turn
-    assert not decide(expected(mean, spread, 3 + turn - 1))
+
+    def decided(more):
+        found = expected(mean, spread, len(values) + more, sampling=sampling)
+        return holds(">=", found, bottom, math.inf) or fails(">=", found, bottom, math.inf)
+
+    return decided
+
+
+def test_further_seeds_are_the_fewest_that_decide():
+    """By trying each number in turn, with the bounds of scipy."""
+    values = [0.2, -0.3, 0.5]
+    lows = {n: stats.t.interval(0.9, n - 1, np.mean(values), np.std(values, ddof=1) / n**0.5)[0] for n in range(4, 999)}
+    fewest = next(n for n, low in lows.items() if low >= -0.1) - 3
+    assert fewest > 1
+    assert further(above(-0.1, values)) == fewest
 
 
 def test_no_seeds_decide_where_the_mean_sits_on_the_bound_or_the_test_set_is_small():
-    def above(bottom):
-        return lambda found: holds(">=", found, bottom, math.inf) or fails(">=", found, bottom, math.inf)
-
-    assert further([0.9, 1.0, 1.1], above(1.0), 0.95) is None
-    assert further([0.9, 1.0, 1.1], above(0.8), 0.95) is not None
-    assert further([0.9, 1.0, 1.1], above(0.8), 0.95, sampling=0.5) is None
-    assert further([1.0], above(0.8), 0.95) is None
+    values = [0.9, 1.0, 1.1]
+    assert further(above(1.0, values)) is None
+    assert further(above(0.8, values)) == 1
+    assert further(above(0.8, values, sampling=0.1)) > 1
+    assert further(above(0.8, values, sampling=0.5)) is None
 
 
 def test_the_variance_of_an_accuracy_is_binomial():

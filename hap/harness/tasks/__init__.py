@@ -40,4 +40,5 @@ class Task:
     data: Data
     notes: tuple[str, ...] = ()  # what a record must say of how the model was trained
     metric: str = "accuracy"  # of those that `evaluate` gives, what epochs are selected by
+    test_samples: int | None = None  # of the test set, for the error that its size leaves
     threads: int | None = None  # CPU threads that serve this size best; None leaves torch's setting

@@ -122,4 +122,5 @@ def workload(
         evaluate=evaluate,
         example=normalise(train.pixels[:1]),
         data=data,
+        test_samples=len(splits["test"].labels),
     )

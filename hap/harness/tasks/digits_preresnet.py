@@ -45,6 +45,7 @@ def task(seed: int, *, images: int = 512, batch: int = 128, say: training.Say = 
         evaluate=evaluate,
         example=NORMALISE(train.pixels[:1]),
         data=source,
+        test_samples=SPLITS["test"],
         threads=1,
     )
     decides = [DEPTH, WIDTHS, RECIPE, NORMALISE, SPLITS, source.sha256]

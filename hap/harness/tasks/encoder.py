@@ -120,6 +120,7 @@ def workload(
         example={key: value[:, :shown] for key, value in train.batch(longest, pad)[0].items()},
         data=data,
         metric=metric,
+        test_samples=len(parts["test"].labels) if "test" in parts else None,
     )
 
 
