@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hap.harness import cli, compare, comparison, store
 from hap.harness.differences import Pairs, differences
+from hap.harness.lint import lint
 from hap.harness.spec import load_spec
 
 ROOT = Path(__file__).parents[2]
@@ -136,9 +137,10 @@ def test_an_edit_of_the_package_runs_it_anew(tmp_path, monkeypatch):
 
 
 def test_record_keeps_the_result_where_no_spec_reads_it(folder):
-    before = files(folder)
+    before, found = files(folder), lint(Path("reproductions"), Path("results"))
     told = hap("compare", "strangers:score", "--spec", "tiny", "--record", "--against", "hap@50")
     assert told.exit_code == 0, told.output
+    assert lint(Path("reproductions"), Path("results")) == found
     new = sorted(files(folder).keys() - before.keys())
     assert [file.parent.relative_to(folder).as_posix() for file in new] == ["results/compare/tiny"] * 2
     assert [file.suffix for file in new] == [".json", ".md"]
