@@ -83,6 +83,12 @@ def bench(session: nox.Session) -> None:
     _run(session, "pytest", "benchmarks", "-o", "python_files=bench_*.py", *session.posargs)
 
 
+@session
+def nightly(session: nox.Session) -> None:
+    """Measure anew what this machine can, and fail where something got worse than in the nights before."""
+    _run(session, "hap", "nightly", *session.posargs)
+
+
 def _run(session: nox.Session, *command: str) -> None:
     session.run(_python(session), "-m", *command, external=True)
 

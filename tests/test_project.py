@@ -30,7 +30,7 @@ from hap.harness.store import load_model
 from hap.testing import check_groups, check_implant, check_score
 
 ROOT = Path(__file__).parents[1]
-SESSIONS = {"tests", "lint", "types", "reproduce", "judge", "figures", "bench"}
+SESSIONS = {"tests", "lint", "types", "reproduce", "judge", "figures", "bench", "nightly"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()

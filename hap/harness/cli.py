@@ -2,31 +2,25 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from hap import HapError
+from hap.harness import commands
+from hap.harness.terminal import FOLDER, Names, Results, near, out, paths, results_of, say, told
 
 if TYPE_CHECKING:
     from hap.harness.judge import Verdict
     from hap.harness.spec import Spec
 
-FOLDER = Path("reproductions")
 COLOURS = {"HOLDS": "green", "FAILS": "red", "UNDECIDED": "yellow", "ABSENT": "yellow", "STALE": "magenta"}
-KEPT = "finished records are kept, and the same command goes on from there"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Reproduces HAP.")
-out = Console(highlight=False)
-
-Names = Annotated[list[str] | None, typer.Argument(metavar="[SPEC]...", help="Names in reproductions/, paths, or all.")]
-Results = Annotated[Path | None, typer.Option(help="Where evidence lies (default: results/ beside reproductions/).")]
 
 
 def main() -> None:
@@ -35,53 +29,26 @@ def main() -> None:
     app()
 
 
-def _told(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with mistakes told in one line: exit code 2 for a mistake, 130 for an interruption."""
-
-    @wraps(command)
-    def told(*args: Any, **options: Any) -> None:
-        try:
-            command(*args, **options)
-        except HapError as error:
-            _complain(error)
-            raise typer.Exit(2) from None
-        except (RuntimeError, MemoryError) as error:
-            from hap.harness import ranks
-            from hap.harness.stepping import memory_ran_out
-
-            memory = isinstance(error, MemoryError) or memory_ran_out(error)
-            if not memory and not ranks.lost(error):
-                raise
-            what = "memory ran out" if memory else f"rank {os.environ.get('RANK')}: another rank ended"
-            typer.echo(f"hap: {what} ({' '.join(str(error).split()):.120}); {KEPT}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo(f"\nhap: interrupted; {KEPT}", err=True)
-            raise typer.Exit(130) from None
-
-    return told
-
-
 @app.command("list")
-@_told
+@told
 def list_specs(results: Results = None) -> None:
     """What can be reproduced, and what evidence there is."""
     from hap.harness import store
     from hap.harness.spec import load_spec
 
-    for path in _paths(["all"]):
+    for path in paths(["all"]):
         try:
             spec = load_spec(path)
-            made = sum(map(len, store.evidence(spec, _results(path, results)).values()))
+            made = sum(map(len, store.evidence(spec, results_of(path, results)).values()))
             counts = f"{len(spec.cases)} cases, {made} of {len(spec.cases) * len(spec.seeds)} runs made"
             needs = f"; needs {spec.needs}" if spec.needs else ""
-            _say(f"{spec.name:20} {spec.tier:6} {counts}: {spec.title}{needs}")
+            say(f"{spec.name:20} {spec.tier:6} {counts}: {spec.title}{needs}")
         except HapError as error:
-            _say(f"{path.stem:20} cannot be read: {error}")
+            say(f"{path.stem:20} cannot be read: {error}")
 
 
 @app.command()
-@_told
+@told
 def run(
     specs: Names = None,
     tier: Annotated[str | None, typer.Option(help="Only specs of this tier: quick, cpu or gpu.")] = None,
@@ -96,8 +63,8 @@ def run(
     from hap.harness.spec import load_spec
 
     if not specs and tier is None:
-        raise HapError(f"name a spec: {', '.join(path.stem for path in _paths(['all']))} or all")
-    chosen = {path: load_spec(path) for path in _paths(specs or ["all"])}
+        raise HapError(f"name a spec: {', '.join(path.stem for path in paths(['all']))} or all")
+    chosen = {path: load_spec(path) for path in paths(specs or ["all"])}
     chosen = {path: spec for path, spec in chosen.items() if tier in (None, spec.tier)}
     if not chosen:
         raise HapError(f"--tier {tier}: no spec is of this tier")
@@ -107,7 +74,7 @@ def run(
     with _joined() as alone:
         if smoke:
             return making.rehearse(chosen, case, out)
-        there = {path: _results(path, results) for path in chosen}
+        there = {path: results_of(path, results) for path in chosen}
         if jobs:
             making.by_jobs(chosen, case, there, jobs, again, out)
         for path, spec in chosen.items() if not jobs else ():
@@ -118,7 +85,7 @@ def run(
 
 
 @app.command()
-@_told
+@told
 def record(
     spec: Annotated[Path, typer.Argument(help="The file of a spec.")],
     case: Annotated[str, typer.Argument(help="The whole name of a case.")],
@@ -135,11 +102,11 @@ def record(
         raise HapError(f"{spec}: a case and a seed of this spec expected, found {case} and {seed}")
     with _joined():
         one = found.model_copy(update={"seeds": (seed,)})
-        making.make(one, [found.cases[case]], _results(spec, results), out, again=again)
+        making.make(one, [found.cases[case]], results_of(spec, results), out, again=again)
 
 
 @app.command("cost")
-@_told
+@told
 def cost_specs(
     specs: Names = None,
     devices: Annotated[str, typer.Option(help="For how many devices to tell the hours.")] = "1,8,64",
@@ -154,17 +121,17 @@ def cost_specs(
     if tflops is not None and not tflops > 0:
         raise HapError(f"--tflops: a number above 0 expected, found {tflops:g}")
     if not specs:
-        raise HapError(f"name a spec: {', '.join(path.stem for path in _paths(['all']))} or all")
-    for path in _paths(specs):
+        raise HapError(f"name a spec: {', '.join(path.stem for path in paths(['all']))} or all")
+    for path in paths(specs):
         with out.status(path.stem) as status:
             found = estimate(load_spec(path), status.update)
         out.print(bill.table(found))
         for line in bill.lines(found, several, tflops):
-            _say(line)
+            say(line)
 
 
 @app.command("judge")
-@_told
+@told
 def judge_specs(
     specs: Names = None,
     release: Annotated[bool, typer.Option("--release", help="UNDECIDED, ABSENT and STALE fail as well.")] = False,
@@ -173,58 +140,46 @@ def judge_specs(
     """Judge committed evidence; runs nothing. Exit code 1 if a claim fails that is not known to."""
     from hap.harness.spec import load_spec
 
-    failed = [_summary(load_spec(path), _results(path, results), release) for path in _paths(specs or ["all"])]
+    failed = [_summary(load_spec(path), results_of(path, results), release) for path in paths(specs or ["all"])]
     raise typer.Exit(int(any(failed)))
 
 
 @app.command("report")
-@_told
+@told
 def report_specs(specs: Names = None, results: Results = None) -> None:
     """Write tables, figures and VERDICTS.md from committed evidence."""
     from hap.harness import report
 
-    for path in _paths(specs or ["all"]):
-        for file in report.write([path], _results(path, results)):
-            _say(_near(file))
+    for path in paths(specs or ["all"]):
+        for file in report.write([path], results_of(path, results)):
+            say(near(file))
 
 
 @app.command("lint")
-@_told
+@told
 def lint_results(results: Results = None) -> None:
     """Check committed results: sums, differences, budgets, conventions, tables. Exit code 1 if something is wrong."""
     from hap.harness.lint import lint
 
-    found = lint(FOLDER, _results(FOLDER / "any", results))
+    found = lint(FOLDER, results_of(FOLDER / "any", results))
     for finding in found:
-        _say(finding.line)
-    _say(f"{len(found)} findings" if found else "nothing is wrong")
+        say(finding.line)
+    say(f"{len(found)} findings" if found else "nothing is wrong")
     raise typer.Exit(int(bool(found)))
 
 
 @app.command("doctor")
-@_told
+@told
 def doctor_machine(results: Results = None) -> None:
     """What this machine can run, what is missing, how to get it, and which evidence is absent."""
     from hap.harness import doctor
 
-    for line in doctor.lines({path: _results(path, results) for path in _paths(["all"])}):
-        _say(line)
+    for line in doctor.lines({path: results_of(path, results) for path in paths(["all"])}):
+        say(line)
 
 
-def _paths(names: Iterable[str]) -> list[Path]:
-    there = sorted(FOLDER.glob("*.toml"))
-    found: list[Path] = []
-    for name in names:
-        named = [path for path in there if name in ("all", path.stem)] or [Path(name)] * Path(name).is_file()
-        if not named:
-            known = ", ".join(path.stem for path in there) or "none"
-            raise HapError(f"spec {name}: must be a file or a name in {FOLDER.absolute()}, which has {known}")
-        found += named
-    return list(dict.fromkeys(found))
-
-
-def _results(spec: Path, given: Path | None) -> Path:
-    return given if given is not None else spec.absolute().parent.parent / "results"
+app.command("nightly")(told(commands.nightly))
+app.command("compare")(told(commands.compare))
 
 
 @contextmanager
@@ -242,9 +197,9 @@ def _close(path: Path, spec: "Spec", results: Path) -> bool:
 
     files = report.write([path], results)
     failed = _summary(spec, results)
-    _say("")
+    say("")
     for what, where in (("records", results / spec.name), *((file.suffix[1:], file) for file in files)):
-        _say(f"  {what:8} {_near(where)}")
+        say(f"  {what:8} {near(where)}")
     return failed
 
 
@@ -253,7 +208,7 @@ def _summary(spec: "Spec", results: Path, release: bool = False) -> bool:
     from hap.harness import judge, store
 
     judged = judge.of_today(spec, store.evidence(spec, results))
-    _say(f"\n{spec.title} ({spec.name})")
+    say(f"\n{spec.title} ({spec.name})")
     for verdict in judged:
         _tell(verdict)
     return any(not verdict.released if release else verdict.surprising for verdict in judged)
@@ -264,23 +219,4 @@ def _tell(verdict: "Verdict") -> None:
     notes = [verdict.measured, *verdict.notes, f"source: {verdict.claim.source}"]
     for note in [*notes, f"known: {verdict.claim.known}" if verdict.claim.known else ""]:
         if note:
-            _say(f"             {note}")
-
-
-def _complain(error: HapError) -> None:
-    if os.environ.get("RANK"):  # of several processes, one says it
-        from hap.harness import ranks
-
-        line = ranks.line(error)
-    else:
-        line = str(error)
-    if line is not None:
-        typer.echo(f"hap: {line}", err=True)
-
-
-def _near(path: Path) -> str:
-    return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
-
-
-def _say(line: str) -> None:
-    out.print(Text(line), soft_wrap=True)
+            say(f"             {note}")

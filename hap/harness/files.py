@@ -41,6 +41,18 @@ def cache() -> Path:
 
 
 @contextmanager
+def caching(folder: Path) -> Iterator[None]:
+    """Within it, trained networks and unfinished trainings lie in `folder`, not where the real ones do."""
+    before = os.environ.get("HAP_CACHE")
+    os.environ["HAP_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["HAP_CACHE"]
+        os.environ.update({} if before is None else {"HAP_CACHE": before})
+
+
+@contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Holds the file for this process, waiting for another; the system lets go when a process dies."""
     lock = _lock(file)

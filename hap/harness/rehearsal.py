@@ -1,6 +1,5 @@
 """A rehearsal: a spec shrunk, its records in a temporary folder, reported there; nothing of it is kept."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from hap.harness import report, store
 from hap.harness.cases import smoke
+from hap.harness.files import caching
 from hap.harness.spec import Spec
 
 
@@ -21,21 +21,9 @@ def rehearsal(spec: Spec, root: Path) -> Iterator[tuple[Spec, Path]]:
     cases = {name: smoke(case) for name, case in spec.cases.items() if name in first.values()}
     claims = tuple(claim for claim in spec.claims if {claim.case, claim.against} <= {None, *cases})
     small = spec.model_copy(update={"cases": cases, "claims": claims, "seeds": spec.seeds[:1], "tier": "cpu"})
-    with TemporaryDirectory(prefix="hap-") as folder, _caching(Path(folder) / "cache"):
+    with TemporaryDirectory(prefix="hap-") as folder, caching(Path(folder) / "cache"):
         yield small, Path(folder)
         runs = store.evidence(small, Path(folder))
         report.tables(small, runs, Path(folder))
         report.figures(small, runs, Path(folder), root)
         report.verdicts(small, runs)
-
-
-@contextmanager
-def _caching(folder: Path) -> Iterator[None]:
-    """Trained networks go there, and not where the real ones lie."""
-    before = os.environ.get("HAP_CACHE")
-    os.environ["HAP_CACHE"] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ["HAP_CACHE"]
-        os.environ.update({} if before is None else {"HAP_CACHE": before})

@@ -58,7 +58,7 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
         score = Scoring(case, seed, say)
         prune = one_shot(score, _bound(case.implant), clock) if case.score else _bound(case.method)
         with clock("prune"):
-            pruned, chosen = prune(task, groups, case.budget, rng=generator(seed, "prune"))
+            pruned, chosen = _pair(case, prune(task, groups, case.budget, rng=generator(seed, "prune")))
             if case.recalibrate:
                 recalibrate(pruned, task.batches, task.loss.call)
         before = snapshot(pruned)
@@ -191,6 +191,14 @@ def groups_of(task: Task, case: Case) -> Groups:
 
 def _bound(ref: Ref | None) -> Any:
     return ref and partial(ref.load(), **ref.options)
+
+
+def _pair(case: Case, found: Any) -> tuple[nn.Module, Plan]:
+    """What a method returned, if that is a model and its plan."""
+    match found:
+        case (nn.Module() as pruned, Plan() as chosen):
+            return pruned, chosen
+    raise HapError(f"{case.method and case.method.use}: a model and its Plan expected, found {type(found).__name__}")
 
 
 def _restored(model: nn.Module, state: State) -> nn.Module:

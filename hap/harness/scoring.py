@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from hap import HapError
 from hap.groups import Groups
 from hap.harness import ranks
 from hap.harness.binding import Ref
@@ -101,6 +102,9 @@ class Scoring:
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             scores = function(model, loss, batches, groups, rng=rng, **given, **ref.options)
+        if not isinstance(scores, Tensor) or scores.is_complex():
+            kind = getattr(scores, "dtype", type(scores).__name__)
+            raise HapError(f"{ref.use}: a tensor of {len(groups)} real numbers expected, found {kind}")
         lines = [" ".join(str(each.message).split()) for each in heard if issubclass(each.category, UserWarning)]
         found = Scored(scores, halves[0] if halves else None, lines, time.perf_counter() - start)
         found = ranks.shared(lambda: found)  # else two kinds of GPU could round to two rankings

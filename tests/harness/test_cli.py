@@ -10,7 +10,7 @@ import pytest
 from fakes import LARGE, SPEC, fake_run, with_accuracy, write_spec
 from typer.testing import CliRunner
 
-from hap.harness import cli, store
+from hap.harness import cli, store, terminal
 from hap.harness.spec import load_spec
 from hap.harness.tasks import Data, MissingData
 from hap.harness.training import Event
@@ -190,7 +190,7 @@ def test_an_interruption_keeps_what_is_finished_and_says_so(folder, monkeypatch)
     monkeypatch.setattr("hap.harness.run.run", run)
     told = hap("run", "table")
     assert told.exit_code == 130
-    assert told.stderr == f"\nhap: interrupted; {cli.KEPT}\n"
+    assert told.stderr == f"\nhap: interrupted; {terminal.KEPT}\n"
     assert [path.name for path in (folder / "results").rglob("*") if path.is_file()] == ["seed0.json"]
 
 
@@ -228,7 +228,7 @@ def test_control_c_in_a_real_process(folder):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert told.strip() == f"hap: interrupted; {cli.KEPT}"
+    assert told.strip() == f"hap: interrupted; {terminal.KEPT}"
     assert [path.name for path in (folder / "results").rglob("*") if path.is_file()] == []
 
 

@@ -1,0 +1,87 @@
+"""What the commands of `hap` share: how they name specs, where results lie, how they speak, how a mistake is told."""
+
+import os
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from hap import HapError
+
+FOLDER = Path("reproductions")
+KEPT = "finished records are kept, and the same command goes on from there"
+
+out = Console(highlight=False)
+
+Names = Annotated[list[str] | None, typer.Argument(metavar="[SPEC]...", help="Names in reproductions/, paths, or all.")]
+Results = Annotated[Path | None, typer.Option(help="Where evidence lies (default: results/ beside reproductions/).")]
+
+
+def told(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with mistakes told in one line: exit code 2 for a mistake, 130 for an interruption."""
+
+    @wraps(command)
+    def telling(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except HapError as error:
+            _complain(error)
+            raise typer.Exit(2) from None
+        except (RuntimeError, MemoryError) as error:
+            from hap.harness import ranks
+            from hap.harness.stepping import memory_ran_out
+
+            memory = isinstance(error, MemoryError) or memory_ran_out(error)
+            if not memory and not ranks.lost(error):
+                raise
+            what = "memory ran out" if memory else f"rank {os.environ.get('RANK')}: another rank ended"
+            typer.echo(f"hap: {what} ({' '.join(str(error).split()):.120}); {KEPT}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo(f"\nhap: interrupted; {KEPT}", err=True)
+            raise typer.Exit(130) from None
+
+    return telling
+
+
+def _complain(error: HapError) -> None:
+    if os.environ.get("RANK"):  # of several processes, one says it
+        from hap.harness import ranks
+
+        line = ranks.line(error)
+    else:
+        line = str(error)
+    if line is not None:
+        typer.echo(f"hap: {line}", err=True)
+
+
+def paths(names: Iterable[str]) -> list[Path]:
+    """The files of the specs that are named."""
+    there = sorted(FOLDER.glob("*.toml"))
+    found: list[Path] = []
+    for name in names:
+        named = [path for path in there if name in ("all", path.stem)] or [Path(name)] * Path(name).is_file()
+        if not named:
+            known = ", ".join(path.stem for path in there) or "none"
+            raise HapError(f"spec {name}: must be a file or a name in {FOLDER.absolute()}, which has {known}")
+        found += named
+    return list(dict.fromkeys(found))
+
+
+def results_of(spec: Path, given: Path | None) -> Path:
+    """The folder of a spec's evidence: the one given, else results/ beside the folder of the spec."""
+    return given if given is not None else spec.absolute().parent.parent / "results"
+
+
+def near(path: Path) -> str:
+    """The path as one types it here."""
+    return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
+
+
+def say(line: str) -> None:
+    """Prints a line as it is."""
+    out.print(Text(line), soft_wrap=True)
