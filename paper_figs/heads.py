@@ -1,17 +1,14 @@
 """Attention heads: the metric against the heads left, which heads stay, and how methods rank them beside ablation."""
 
-import math
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
-from hap.harness.judge import bounds
-from hap.harness.report import METRICS
+from hap.harness.fates import head_size, heads
+from hap.harness.tables import METRICS
 from paper_figs import style
 
 PANELS = (("one_shot", "one-shot"), ("selected", "after fine-tuning"))
-CAPTION = "Marks: mean over seeds. Bars: 95 % intervals (Student).\nMethods are set apart sideways for legibility."
-KEPT, IMPLANTED = 1.0, 0.5
+CAPTION = f"{style.INTERVALS}\nMethods are set apart sideways for legibility."
 
 
 def draw(spec, runs, out_dir: Path) -> list[Path]:
@@ -29,8 +26,7 @@ def draw(spec, runs, out_dir: Path) -> list[Path]:
                 axis.set_title(title, loc="left")
                 axis.set_ylabel(f"{METRICS[spec.metric].split(' ')[0]} (%)")
             axes[-1].set_xlabel("heads left (%)")
-            handles = axes[0].get_legend_handles_labels()
-            made.legend(*handles, loc="outside lower center", ncols=2, frameon=False, title=CAPTION, title_fontsize=6)
+            style.legend(made, axes[0], CAPTION)
             files += style.save(made, out_dir / f"{spec.name}-heads")
     if maps := _maps(spec, found):
         files += _heat(maps, out_dir / f"{spec.name}-heads-kept")
@@ -54,24 +50,12 @@ def _left(runs) -> float:
 def _panel(axis, lines, stage: str, metric: str) -> None:
     every = [run for points in lines.values() for point in points for run in point]
     dense = fmean(run.metrics["dense"][metric] for run in every)
-    axis.axhline(dense, color="#555555", linestyle="--", linewidth=0.8, label=f"dense, {dense:.1f} %")
+    axis.axhline(dense, color=style.GREY, linestyle="--", linewidth=0.8, label=f"dense, {dense:.1f} %")
     for number, (method, points) in enumerate(lines.items()):
-        points = sorted(points, key=_left)
-        colour, mark = (wheel[number % len(wheel)] for wheel in (style.PALETTE, style.MARKERS))
-        line = "-" if number < len(style.PALETTE) else ":"
-        means, bars = zip(*(_interval([run.metrics[stage][metric] for run in point]) for point in points), strict=True)
-        x = [_left(point) + 0.9 * (number - (len(lines) - 1) / 2) for point in points]
-        axis.errorbar(
-            x, means, yerr=bars, label=method, color=colour, marker=mark, linestyle=line, capsize=2, elinewidth=0.8
-        )
-
-
-def _interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width."""
-    if len(values) < 2:
-        return values[0], 0.0
-    mean, low, _ = bounds(values, 0.975)
-    return mean, mean - low
+        shift = 0.9 * (number - (len(lines) - 1) / 2)
+        values = [(_left(point) + shift, [run.metrics[stage][metric] for run in point]) for point in points]
+        style.line(axis, method, sorted(values), number)
+    style.within(axis, -100 if metric == "matthews" else 0, 100)
 
 
 def _maps(spec, found) -> dict[str, list[list[float]]]:
@@ -79,29 +63,9 @@ def _maps(spec, found) -> dict[str, list[list[float]]]:
     budgets = [spec.cases[name].budget.target for name in found]
     target = max(sorted(set(budgets)), key=lambda each: (budgets.count(each), -abs(each - 0.6)))
     shown = {name.split("@")[0]: runs for name, runs in found.items() if spec.cases[name].budget.target == target}
-    layers = {method: [_layers(run.plan["rows"]) for run in runs] for method, runs in shown.items()}
-    size = _head_size([rows for each in layers.values() for plan in each for rows in plan])
-    return {method: _shares(each, size) for method, each in layers.items()} if size else {}
-
-
-def _layers(rows: dict[str, str]) -> list[str]:
-    """The rows of one module for each layer of heads: those that are pruned where several modules are pruned alike."""
-    parents = [(name.rpartition(".")[0], line) for name, line in rows.items()]
-    each = [[line for _, line in group] for _, group in groupby(parents, key=lambda pair: pair[0])]
-    return [lines[0] for lines in each if len(lines) > 2 and len(set(lines)) == 1]  # queries, keys and values
-
-
-def _head_size(lines: list[str]) -> int:
-    """The rows of a head: the greatest common divisor of all runs of one fate."""
-    return math.gcd(*(len(list(run)) for line in lines for _, run in groupby(line)))
-
-
-def _shares(plans: list[list[str]], size: int) -> list[list[float]]:
-    worth = {"#": KEPT, "o": IMPLANTED, "-": 0.0}
-    return [
-        [fmean(worth[line[at]] for line in layer) for at in range(0, len(layer[0]), size)]
-        for layer in zip(*plans, strict=True)
-    ]
+    plans = {method: [run.plan["rows"] for run in runs] for method, runs in shown.items()}
+    size = head_size([plan for each in plans.values() for plan in each])
+    return {method: heads(each, size) for method, each in plans.items()} if size else {}
 
 
 def _heat(maps, stem: Path) -> list[Path]:
@@ -118,7 +82,7 @@ def _heat(maps, stem: Path) -> list[Path]:
         axes[len(axes) // 2].set_ylabel("layer")
         axes[-1].set_xlabel("head")
         bar = made.colorbar(image, ax=axes, shrink=0.5, aspect=30)
-        bar.set_label("share of seeds in which it stays; an implant is half", fontsize=6)
+        bar.set_label("share of seeds that keep it\n(an implant is half)", fontsize=6)
         return style.save(made, stem)
 
 
@@ -136,9 +100,9 @@ def _ranked(spec, found) -> dict[str, list[float]]:
 def _ranking(ranked, stem: Path) -> list[Path]:
     with style.figure(1, 0.8 + 0.22 * len(ranked)) as (made, axes):
         for place, values in enumerate(ranked.values()):
-            mean, bar = _interval(values)
+            mean, bar = style.interval(values)
             axes[0].errorbar(mean, -place, xerr=bar, color=style.PALETTE[0], marker="o", capsize=2, elinewidth=0.8)
         axes[0].set_yticks([-place for place in range(len(ranked))], labels=list(ranked))
         axes[0].set_xlabel("rank correlation with ablation;\nmean and 95 % interval over seeds")
-        axes[0].axvline(0, color="#555555", linestyle=":", linewidth=0.8)
+        axes[0].axvline(0, color=style.GREY, linestyle=":", linewidth=0.8)
         return style.save(made, stem)

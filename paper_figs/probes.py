@@ -3,11 +3,9 @@
 from pathlib import Path
 from statistics import fmean
 
-from hap.harness.judge import bounds
 from paper_figs import style
 
 PANELS = (("spearman", "rank correlation with the exact trace"), ("overlap", "overlap of the pruned sets"))
-CAPTION = "Marks: mean over seeds. Bars: 95 % intervals (Student)."
 
 
 def draw(spec, runs, out_dir: Path) -> list[Path]:
@@ -20,22 +18,20 @@ def draw(spec, runs, out_dir: Path) -> list[Path]:
             for axis, (metric, title) in zip(axes, PANELS, strict=True):
                 _ranking(axis, lines, metric)
                 axis.set_title(title, loc="left")
-            axes[0].axhline(0, color="#555555", linestyle=":", linewidth=0.8)
+            axes[0].axhline(0, color=style.GREY, linestyle=":", linewidth=0.8)
             axes[1].set_xlabel("probes, or sweeps of one probe a layer")
-            axes[1].set_xscale("log")
-            handles = axes[0].get_legend_handles_labels()
-            made.legend(*handles, loc="outside lower center", ncols=1, frameon=False, title=CAPTION, title_fontsize=6)
+            style.decades(axes[1], [x for points in lines.values() for x, _ in points])
+            style.legend(made, axes[0], style.INTERVALS, columns=1)
             files += style.save(made, out_dir / f"{spec.name}-ranking")
     if panels := _by_budget(found):
         with style.figure(len(panels), 0.9 + 1.9 * len(panels)) as (made, axes):
             for axis, (network, methods) in zip(axes, panels.items(), strict=True):
                 for number, (method, points) in enumerate(methods.items()):
-                    _line(axis, method, [(x + 0.5 * (number - 1.5), values) for x, values in points], number)
+                    style.line(axis, method, [(x + 0.5 * (number - 1.5), values) for x, values in points], number)
                 axis.set_title(f"{network}, one-shot", loc="left")
                 axis.set_ylabel("test accuracy (%)")
             axes[-1].set_xlabel("parameters pruned (%)")
-            handles = axes[0].get_legend_handles_labels()
-            made.legend(*handles, loc="outside lower center", ncols=2, frameon=False, title=CAPTION, title_fontsize=6)
+            style.legend(made, axes[0], style.INTERVALS)
             files += style.save(made, out_dir / f"{spec.name}-accuracy")
     return files
 
@@ -67,22 +63,7 @@ def _by_budget(found) -> dict[str, dict[str, list[tuple[float, list[float]]]]]:
 
 def _ranking(axis, lines, metric: str) -> None:
     for number, (name, points) in enumerate(lines.items()):
-        _line(axis, name, [(x, [run.metrics["ranking"][metric] for run in runs]) for x, runs in points], number)
-
-
-def _line(axis, label: str, points: list[tuple[float, list[float]]], number: int) -> None:
-    means, bars = zip(*(_interval(values) for _, values in points), strict=True)
-    colour, mark = (wheel[number % len(wheel)] for wheel in (style.PALETTE, style.MARKERS))
-    x = [place for place, _ in points]
-    axis.errorbar(x, means, yerr=bars, label=label, color=colour, marker=mark, capsize=2, elinewidth=0.8)
-
-
-def _interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width."""
-    if len(values) < 2:
-        return values[0], 0.0
-    mean, low, _ = bounds(values, 0.975)
-    return mean, mean - low
+        style.line(axis, name, [(x, [run.metrics["ranking"][metric] for run in runs]) for x, runs in points], number)
 
 
 def _probes(case) -> int:

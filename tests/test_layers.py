@@ -12,7 +12,8 @@ the rest; `batchnorm`, `stepping` and `checkpoints` are what training is built o
 which trains a Task, and so before `cases`, which hold a Recipe; the single tasks come after it, for they train
 themselves. `cases`, a part of `spec` until that grew too long, makes a Case of its tables;
 `upstream`, a method that only specs name, needs no more than a Task. `shapes` and `architecture` are what `store` needs
-to write a pruned model without a pickle: a module, then a model, as a record.
+to write a pruned model without a pickle: a module, then a model, as a record. `markup`, `fates`, `tables`, `summary`,
+`plots` and `page` were parts of `report`, or would be, and each writes or draws one thing.
 """
 
 import ast
@@ -37,7 +38,8 @@ HARNESS = (
     "tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
     "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
-    "cases spec scoring run shapes architecture pretrained store judge plugin report rehearsal doctor progress cli"
+    "cases spec scoring run shapes architecture pretrained store judge plugin "
+    "markup fates tables summary plots page report rehearsal doctor progress cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 

@@ -116,12 +116,15 @@ def judge_specs(specs: Names = None, results: Results = None) -> None:
 @app.command("report")
 @_told
 def report_specs(specs: Names = None, results: Results = None) -> None:
-    """Write tables, figures and VERDICTS.md from committed evidence."""
-    from hap.harness import report
+    """Write tables, figures, VERDICTS.md and index.html from committed evidence."""
+    from hap.harness import plots, report
 
-    for path in _paths(specs or ["all"]):
-        for file in report.write([path], _results(path, results)):
-            _say(_near(file))
+    paths = _paths(specs or ["all"])
+    for folder in dict.fromkeys(_results(path, results) for path in paths):
+        here = [path for path in paths if _results(path, results) == folder]
+        report.write(here, folder, lambda file: _say(_near(file)))
+    if missing := plots.missing():
+        _say(f"index.html has {missing}")
 
 
 @app.command("doctor")
