@@ -109,8 +109,8 @@ def _mean(spec: Spec, case: Case, runs: Sequence[Run], stage: str) -> Row:
     row = _point(spec, case, runs, stage)
     values = [run.metrics[stage][spec.metric] for run in runs]
     half = float(t.ppf(0.975, len(runs) - 1)) * stdev(values) / math.sqrt(len(runs)) if len(runs) > 1 else 0.0
-    bounds = {"low": round(row["value"] - half, 4), "high": round(row["value"] + half, 4)} if len(runs) > 1 else {}
-    told = f"{bounds['low']:.2f} to {bounds['high']:.2f}" if bounds else "not known of one seed"
+    bounds = {"low": round(row["value"] - half, 4), "high": round(row["value"] + half, 4)}
+    told = f"{bounds['low']:.2f} to {bounds['high']:.2f}" if len(runs) > 1 else "not known of one seed"
     return {**row, **bounds, "interval": told, "record": f"{path(_HERE, case, 0).parent}/"}
 
 
@@ -134,7 +134,7 @@ def _published(number: int, row: Any) -> Row:
 
 
 def _chart(spec: Spec, methods: list[str], stage: str, size: str) -> dict[str, Any]:
-    """Means with their intervals on lines of their method, seeds behind them, the dense network, and the published."""
+    """Means with their intervals on lines of their method, seeds on them, the dense network, and the published."""
     import altair as alt
 
     chosen = alt.param(name="stage", value=stage)
@@ -167,11 +167,11 @@ def _chart(spec: Spec, methods: list[str], stage: str, size: str) -> dict[str, A
         .encode(y="dense:Q", tooltip=[alt.Tooltip("dense:Q", title="dense (%)", format=".2f")]),
         base.mark_line(strokeWidth=1.5).encode(x=x, y=y, color=colour, opacity=faint),
         base.mark_rule().encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=colour, opacity=faint),
-        seeds.mark_point(size=14, filled=True, opacity=0.6, cursor="pointer").encode(
-            x=x, y=y, color=colour, href="record:N", tooltip=[*told, alt.Tooltip("record:N")], opacity=faint
-        ),
-        base.mark_point(size=60, filled=True).encode(
+        base.mark_point(size=90, filled=True).encode(
             x=x, y=y, color=colour, shape=shape, tooltip=[*told, *whole], opacity=faint
+        ),
+        seeds.mark_point(size=18, filled=True, stroke="var(--page)", strokeWidth=0.7, cursor="pointer").encode(
+            x=x, y=y, color=colour, href="record:N", tooltip=[*told, alt.Tooltip("record:N")], opacity=faint
         ),
     ]
     layers += _stars(spec, size)
@@ -187,10 +187,12 @@ def _stars(spec: Spec, size: str) -> list[Any]:
 
     if not any(getattr(row, f"{size}_pruned") is not None for row in spec.reported):
         return []
-    sized = f"stage === 'selected' && isValid(datum.{size})"
-    base = alt.Chart(alt.NamedData("published")).transform_filter(sized).encode(x=f"{size}:Q", y="value:Q")
+    # before fine-tuning they are not comparable; they are hidden, for a plot without data would be complained of
+    tuned = alt.condition("stage === 'selected'", alt.value(1), alt.value(0))
+    base = alt.Chart(alt.NamedData("published")).transform_filter(f"isValid(datum.{size})")
+    base = base.encode(x=f"{size}:Q", y="value:Q", opacity=tuned)
     told = [alt.Tooltip("told:N", title="published"), alt.Tooltip("value:Q", title="accuracy (%)")]
     star = "M0,-1L.23,-.31L.95,-.31L.36,.12L.59,.81L0,.38L-.59,.81L-.36,.12L-.95,-.31L-.23,-.31Z"
-    mark = base.mark_point(shape=star, size=90, filled=True, color="currentColor", opacity=1)
+    mark = base.mark_point(shape=star, size=90, filled=True, color="currentColor")
     text = base.mark_text(dx=9, dy=-7, fontSize=9, color="currentColor").encode(text="number:N")
     return [mark.encode(tooltip=told), text]
