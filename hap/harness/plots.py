@@ -86,7 +86,7 @@ def tradeoff(spec: Spec, runs: Runs) -> dict[str, Any] | None:
         "stages": {STAGES[stage]: stage for stage in stages},
         "methods": methods,
         "datasets": data,
-        "charts": {size: _chart(spec, methods, stages[-1], size) for size in SIZES},
+        "charts": {size: _chart(spec, methods, stages[-1], size, _domain(data, size)) for size in SIZES},
     }
 
 
@@ -109,9 +109,11 @@ def _mean(spec: Spec, case: Case, runs: Sequence[Run], stage: str) -> Row:
     row = _point(spec, case, runs, stage)
     values = [run.metrics[stage][spec.metric] for run in runs]
     half = float(t.ppf(0.975, len(runs) - 1)) * stdev(values) / math.sqrt(len(runs)) if len(runs) > 1 else 0.0
-    bounds = {"low": round(row["value"] - half, 4), "high": round(row["value"] + half, 4)}
-    told = f"{bounds['low']:.2f} to {bounds['high']:.2f}" if len(runs) > 1 else "not known of one seed"
-    return {**row, **bounds, "interval": told, "record": f"{path(_HERE, case, 0).parent}/"}
+    low, high = row["value"] - half, row["value"] + half
+    told = f"{low:.2f} to {high:.2f}" if len(runs) > 1 else "not known of one seed"
+    least = -100.0 if spec.metric == "matthews" else 0.0
+    drawn = {"low": round(max(least, low), 4), "high": round(min(100.0, high), 4)}  # no axis beyond what can be
+    return {**row, **drawn, "interval": told, "record": f"{path(_HERE, case, 0).parent}/"}
 
 
 def _point(spec: Spec, case: Case, runs: Sequence[Run], stage: str) -> Row:
@@ -133,7 +135,15 @@ def _published(number: int, row: Any) -> Row:
     return {"number": str(number), "value": row.accuracy, "told": published(row), **left}
 
 
-def _chart(spec: Spec, methods: list[str], stage: str, size: str) -> dict[str, Any]:
+def _domain(data: dict[str, list[Row]], size: str) -> list[float]:
+    """From the smallest to the largest size, and a width at which small differences look small."""
+    places = [row[size] for row in (*data["seeds"], *data["published"]) if size in row]
+    low, high = min(places), max(places)
+    margin = max(0.03 * (high - low), (10 - (high - low)) / 2)
+    return [round(low - margin, 2), round(high + margin, 2)]
+
+
+def _chart(spec: Spec, methods: list[str], stage: str, size: str, domain: list[float]) -> dict[str, Any]:
     """Means with their intervals on lines of their method, seeds on them, the dense network, and the published."""
     import altair as alt
 
@@ -149,7 +159,7 @@ def _chart(spec: Spec, methods: list[str], stage: str, size: str) -> dict[str, A
     shapes = [SHAPES[(n + n // len(PALETTE)) % len(SHAPES)] for n in range(len(methods))]
     shape = alt.Shape("method:N", title=None, scale=alt.Scale(domain=methods, range=shapes))
     faint = alt.condition("method === '' || datum.method === method", alt.value(1.0), alt.value(0.12))
-    x = alt.X(f"{size}:Q", title=f"{SIZES[size]} left (%)", scale=alt.Scale(zero=False, nice=True))
+    x = alt.X(f"{size}:Q", title=f"{SIZES[size]} left (%)", scale=alt.Scale(domain=domain), axis=alt.Axis(tickCount=8))
     name = METRICS[spec.metric]
     y = alt.Y("value:Q", title=f"test {name} (%)", scale=alt.Scale(zero=False))
     told = [
