@@ -84,13 +84,13 @@ def test_one_budget_without_fine_tuning_is_one_panel(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("importable")
 def test_rankings_have_figures_of_their_own(tmp_path, monkeypatch):
-    from paper_figs import accuracy_vs_params, probes, style
+    from paper_figs import accuracy_vs_params, probes_accuracy, probes_ranking, style
 
     spec, runs = ranked(tmp_path)
     caught = []
     monkeypatch.setattr(style, "save", lambda made, stem: caught.append((stem.name, made.axes)) or [stem])
     assert accuracy_vs_params.draw(spec, runs, tmp_path) == []
-    assert len(probes.draw(spec, runs, tmp_path)) == 2
+    assert len([*probes_ranking.draw(spec, runs, tmp_path), *probes_accuracy.draw(spec, runs, tmp_path)]) == 2
     (name, (spearman, overlap)), (other, panels) = caught
     assert (name, other) == ("ranked-ranking", "ranked-accuracy")
     (line,) = spearman.get_lines()[:1]
@@ -99,7 +99,7 @@ def test_rankings_have_figures_of_their_own(tmp_path, monkeypatch):
     assert overlap.get_lines()[0].get_ydata()[0] == pytest.approx(0.28)
     assert len(panels) == 1
     assert list(panels[0].get_lines()[0].get_ydata()) == pytest.approx([61, 61])
-    assert probes.draw(spec, {}, tmp_path) == []
+    assert probes_ranking.draw(spec, {}, tmp_path) == probes_accuracy.draw(spec, {}, tmp_path) == []
 
 
 @pytest.mark.usefixtures("importable")
@@ -127,15 +127,15 @@ def test_more_methods_than_colours_are_drawn_in_parts_of_one_scale(tmp_path, mon
 
 @pytest.mark.usefixtures("importable")
 def test_heads_have_figures_of_their_own(tmp_path, monkeypatch):
-    from paper_figs import accuracy_vs_params, heads, probes, style
+    from paper_figs import accuracy_vs_params, heads, heads_kept, heads_ranking, probes_accuracy, probes_ranking, style
 
     spec, runs = headed(tmp_path)
     caught = {}
     monkeypatch.setattr(style, "save", lambda made, stem: caught.setdefault(stem.name, made) and [stem])
-    assert probes.draw(spec, runs, tmp_path) == []
+    assert probes_ranking.draw(spec, runs, tmp_path) == probes_accuracy.draw(spec, runs, tmp_path) == []
     assert accuracy_vs_params.draw(spec, runs, tmp_path)
     assert caught["headed-accuracy_vs_params"].axes[0].get_ylabel() == "test F1 (%)"
-    assert len(heads.draw(spec, runs, tmp_path)) == 3
+    assert all(script.draw(spec, runs, tmp_path) for script in (heads, heads_kept, heads_ranking))
     lines = caught["headed-heads"].axes[1]
     assert lines.get_legend_handles_labels()[1] == ["dense, 82.0 %", "hap", "random"]  # one point is no line
     assert lines.get_ylabel() == "F1 (%)"
@@ -148,14 +148,14 @@ def test_heads_have_figures_of_their_own(tmp_path, monkeypatch):
     assert kept["implants"].tolist() == [[1, 0.5, 0.75, 1], [1, 1, 0, 0.5]]
     labels = [label.get_text() for label in caught["headed-heads-ranking"].axes[0].get_yticklabels()]
     assert labels == ["hap", "random"]  # the implants have hap's score
-    assert heads.draw(spec, {}, tmp_path) == []
+    assert not any(script.draw(spec, {}, tmp_path) for script in (heads, heads_kept, heads_ranking))
 
 
 @pytest.mark.usefixtures("importable")
 def test_a_spec_without_heads_has_no_figure_of_them(spec, runs, tmp_path):
-    from paper_figs import heads
+    from paper_figs import heads, heads_kept, heads_ranking
 
-    assert heads.draw(spec, runs, tmp_path) == []
+    assert not any(script.draw(spec, runs, tmp_path) for script in (heads, heads_kept, heads_ranking))
 
 
 def layers(monkeypatch, spec, runs, tmp_path):
@@ -392,7 +392,7 @@ def test_every_figure_is_one_column_wide_and_its_text_is_large_enough():
     assert min(value for name, value in style.RULES.items() if name.endswith("size") and "marker" not in name) >= 7
 
 
-def drawn(monkeypatch, script, spec, runs, tmp_path, which=0):
+def drawn(monkeypatch, script, spec, runs, tmp_path):
     """One figure of a script, caught before it is written."""
     from importlib import import_module
 
@@ -401,7 +401,8 @@ def drawn(monkeypatch, script, spec, runs, tmp_path, which=0):
     caught = []
     monkeypatch.setattr(style, "save", lambda made, stem: caught.append(made) or [stem])
     import_module(f"paper_figs.{script}").draw(spec, runs, tmp_path)
-    return caught[which]
+    (made,) = caught
+    return made
 
 
 # Letters differ a little between versions of freetype. Measured: without stars 17, without lines 15, without bars 6.3,
@@ -428,14 +429,14 @@ def test_looks_of_layers(tmp_path, monkeypatch):
 
 
 @LOOKS
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("script", ["probes_ranking", "probes_accuracy"])
 @pytest.mark.usefixtures("importable")
-def test_looks_of_probes(tmp_path, monkeypatch, which):
-    return drawn(monkeypatch, "probes", *ranked(tmp_path), tmp_path, which)
+def test_looks_of(tmp_path, monkeypatch, script):
+    return drawn(monkeypatch, script, *ranked(tmp_path), tmp_path)
 
 
 @LOOKS
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("script", ["heads", "heads_kept", "heads_ranking"])
 @pytest.mark.usefixtures("importable")
-def test_looks_of_heads(tmp_path, monkeypatch, which):
-    return drawn(monkeypatch, "heads", *headed(tmp_path), tmp_path, which)
+def test_looks_of_heads(tmp_path, monkeypatch, script):
+    return drawn(monkeypatch, script, *headed(tmp_path), tmp_path)
