@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from fakes import REPORTED, SPEC, fake_run, with_accuracy, write_spec
 from records import headed
 
 from hap.harness import page, plots, report, store
-from hap.harness.judge import Outcome
+from hap.harness.judge import Outcome, Verdict
 from hap.harness.spec import load_spec
 from hap.harness.summary import Entry, summary
 
@@ -44,6 +44,12 @@ class Elements(HTMLParser):
             self.scripts.append((self.found[-1][1], data))
         else:
             self.words.append(data)
+
+
+class Odd(Verdict):
+    """A verdict of a judge to come."""
+
+    outcome = property(lambda self: "ODD <1>", lambda self, value: None)
 
 
 def made(tmp_path, text=BUDGETS, **changes):
@@ -157,9 +163,8 @@ def test_heads_are_shown_head_by_head(tmp_path):
 
 def test_a_new_outcome_and_a_spec_that_does_not_read_do_not_break_the_page(tmp_path):
     (entry,) = report.entries(tmp_path / "reproductions", made(tmp_path))
-    strange = [replace(verdict, low=None) for verdict in entry.verdicts]
-    for verdict in strange:
-        object.__setattr__(verdict, "outcome", "ODD <1>")
+    values = [{each.name: getattr(verdict, each.name) for each in fields(verdict)} for verdict in entry.verdicts]
+    strange = [Odd(**{**each, "low": None}) for each in values]
     entries = [replace(entry, verdicts=tuple(strange)), Entry("broken", mistake="broken.toml: <title>: is required")]
     text = page.write(entries, tmp_path).read_text()
     assert "<option>ODD &lt;1&gt;</option>" in text
