@@ -73,7 +73,7 @@ def judge(session: nox.Session) -> None:
 
 @session
 def figures(session: nox.Session) -> None:
-    """Write the tables, the figures and VERDICTS.md again from the committed evidence."""
+    """Write the tables, the figures, VERDICTS.md and index.html again from the committed evidence."""
     _run(session, "hap", "report", *session.posargs)
 
 

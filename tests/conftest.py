@@ -29,6 +29,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compares figures with their baselines unasked; not set in pyproject.toml, for the plugin is the tests' alone."""
+    config.option.mpl = True
+
+
 @pytest.fixture(scope="session")
 def hapdata(request: pytest.FixtureRequest) -> Path:
     """A folder with CIFAR-10 and its checkpoints: $HAP_DATA, else unpacked once from ../shared, else a skip."""

@@ -39,7 +39,8 @@ HARNESS = (
     "tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
     "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
-    "cases spec scoring run shapes architecture pretrained store statistics evidence judge plugin report "
+    "cases spec scoring run shapes architecture pretrained store statistics evidence judge plugin "
+    "markup fates tables summary plots page report "
     "integrity lint rehearsal doctor progress fanout making bill estimate terminal detect history regressions speed "
     "nightly differences comparison compare commands cli"
 ).split()

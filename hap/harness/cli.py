@@ -147,12 +147,15 @@ def judge_specs(
 @app.command("report")
 @told
 def report_specs(specs: Names = None, results: Results = None) -> None:
-    """Write tables, figures and VERDICTS.md from committed evidence."""
-    from hap.harness import report
+    """Write tables, figures, VERDICTS.md and index.html from committed evidence."""
+    from hap.harness import plots, report
 
-    for path in paths(specs or ["all"]):
-        for file in report.write([path], results_of(path, results)):
-            say(near(file))
+    chosen = paths(specs or ["all"])
+    for folder in dict.fromkeys(results_of(path, results) for path in chosen):
+        here = [path for path in chosen if results_of(path, results) == folder]
+        report.write(here, folder, lambda file: say(near(file)))
+    if missing := plots.missing():
+        say(f"index.html has {missing}")
 
 
 @app.command("lint")

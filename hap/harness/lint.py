@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from hap import HapError
-from hap.harness import integrity, report, store
+from hap.harness import integrity, report, store, summary, tables
 from hap.harness.run import Run
 from hap.harness.spec import Spec, find_specs, load_spec
 
@@ -119,7 +119,7 @@ def _table(spec: Spec, runs: Runs, stem: Path) -> Findings:
 
 def _numbers(name: str, row: Mapping[str, str], runs: list[Run], metric: str) -> Iterator[tuple[str, object]]:
     """Cells that are not the mean of the records."""
-    wanted = {f"{stage}_{metric}_mean": fmean(run.metrics[stage][metric] for run in runs) for stage in report.STAGES}
+    wanted = {f"{stage}_{metric}_mean": fmean(run.metrics[stage][metric] for run in runs) for stage in tables.STAGES}
     for unit in ("params", "macs"):
         shares = [100 * (1 - run.cost["pruned"][unit] / run.cost["dense"][unit]) for run in runs]
         wanted[f"{unit}_pruned_mean"] = fmean(shares)
@@ -142,8 +142,8 @@ def _printed(folder: Path, specs: list[Spec], runs: Mapping[str, Runs], results:
                 (fresh / spec.name).symlink_to((results / spec.name).absolute())
         try:
             shown = [spec for spec in specs if any(runs[spec.name].values())]
-            written = [file for spec in shown for file in report.tables(spec, runs[spec.name], fresh)]
-            written.append(report.summary(folder, fresh))
+            written = [file for spec in shown for file in tables.tables(spec, runs[spec.name], fresh)]
+            written.append(summary.summary(report.entries(folder, fresh), fresh))
         except HapError as error:
             yield Finding(results / "VERDICTS.md", "tables and verdicts must be what the records give", error)
             return

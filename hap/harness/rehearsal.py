@@ -9,6 +9,7 @@ from hap.harness import report, store
 from hap.harness.cases import smoke
 from hap.harness.files import caching
 from hap.harness.spec import Spec
+from hap.harness.tables import tables
 
 
 @contextmanager
@@ -24,6 +25,6 @@ def rehearsal(spec: Spec, root: Path) -> Iterator[tuple[Spec, Path]]:
     with TemporaryDirectory(prefix="hap-") as folder, caching(Path(folder) / "cache"):
         yield small, Path(folder)
         runs = store.evidence(small, Path(folder))
-        report.tables(small, runs, Path(folder))
+        tables(small, runs, Path(folder))
         report.figures(small, runs, Path(folder), root)
         report.verdicts(small, runs)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,20 @@ def test_judge_for_a_release_fails_on_what_is_absent_or_of_unknown_age(folder):
 def test_report_writes_from_evidence(folder):
     told = hap("report")
     assert told.exit_code == 0
-    assert told.stdout.split() == ["results/tables/table.csv", "results/tables/table.md", "results/VERDICTS.md"]
+    names = ["tables/table.csv", "tables/table.md", "tables/table.tex", "VERDICTS.md", "index.html"]
+    assert told.stdout.split() == [f"results/{name}" for name in names]
+
+
+def test_report_tells_in_one_line_what_the_page_lacks(folder, monkeypatch):
+    hap("run", "table")
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    told = hap("report")
+    assert told.exit_code == 0
+    line = "no interactive plots: vl_convert not installed; pip install 'hap[page]'"
+    assert told.stdout.splitlines()[-1] == f"index.html has {line}"
+    text = (folder / "results" / "index.html").read_text()
+    assert f'<p class="warning">{line}</p>' in unescape(text)
+    assert "vegaEmbed(" not in text.partition('"use strict"')[0]
 
 
 def test_list_tells_what_there_is(folder):
