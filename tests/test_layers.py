@@ -33,7 +33,8 @@ CORE = (
 ).split()
 HARNESS = (
     "files binding provenance events recipe tasks batchnorm stepping checkpoints training upstream "
-    "tasks.cache tasks.nets tasks.pickles tasks.data tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
+    "tasks.cache tasks.nets tasks.pickles tasks.data tasks.imagefolder tasks.decoding tasks.imagestream "
+    "tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
     "tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
     "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
