@@ -32,7 +32,7 @@ CORE = (
     "methods budget plan bridge surgery implants cost testing"
 ).split()
 HARNESS = (
-    "files binding provenance events recipe tasks batchnorm stepping checkpoints training upstream "
+    "files binding provenance events recipe tasks batchnorm averaging stepping checkpoints training upstream "
     "tasks.cache tasks.nets tasks.pickles tasks.data tasks.imagefolder tasks.decoding tasks.imagestream "
     "tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
     "tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "

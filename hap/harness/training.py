@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from hap import HapError
+from hap.harness.averaging import averaging
 from hap.harness.checkpoints import Keeper, Point
 from hap.harness.checkpoints import State as State
 from hap.harness.events import Event as Event
@@ -200,7 +201,7 @@ class _Trainer:
         steps = math.ceil(self.task.train_size / self.recipe.batch_size)
         total, samples, lr = torch.zeros(()), 0, self.recipe.lr
         self.optimiser.zero_grad(set_to_none=True)
-        with dropping(self.model, self.rng):
+        with dropping(self.model, self.rng), averaging(self.model, self.optimiser, self.recipe.ema):
             for step, (inputs, targets) in enumerate(self.task.train(self.recipe.batch_size, self.rng)):
                 lr = learning_rate(self.recipe, epoch + step / steps, 1 / steps)
                 for group in self.optimiser.param_groups:
