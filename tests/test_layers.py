@@ -37,6 +37,7 @@ HARNESS = (
     "tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
     "tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
+    "tasks.imagenet tasks.imagenet_resnet50 tasks.imagenet_squeezenet "
     "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
     "cases spec scoring run shapes architecture pretrained store judge plugin report rehearsal doctor progress cli"
 ).split()

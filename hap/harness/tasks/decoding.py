@@ -5,6 +5,7 @@ Seeds of crops come in with the images, so that workers decide nothing: however 
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ class View(NamedTuple):
 
     size: int = 224
     resize: int = 256
-    squash: bool = False  # both sides to `resize`, as Caffe's tools do
+    squash: bool = False  # the middle of one both of whose sides are `resize`, as for Caffe's networks
 
 
 def decoded(file: Path, view: View, seed: int | None) -> Tensor:
@@ -45,18 +46,25 @@ def decoded(file: Path, view: View, seed: int | None) -> Tensor:
         crop = random_crop(image, seed)
         return _bytes(images_as.resized_crop(image, *crop, [view.size, view.size]))
     if view.squash:
-        image = images_as.resize(image, [view.resize, view.resize], InterpolationMode.BICUBIC)
-    else:
-        image = images_as.resize(image, [view.resize])
-    return _bytes(images_as.center_crop(image, [view.size, view.size]))
+        at = (view.resize - view.size + 1) // 2
+        image = images_as.resize(image, [view.resize, view.resize], InterpolationMode.LANCZOS)
+        return _bytes(images_as.crop(image, at, at, view.size, view.size))
+    return _bytes(images_as.center_crop(images_as.resize(image, [view.resize]), [view.size, view.size]))
 
 
 def random_crop(image: Any, seed: int) -> list[int]:
-    """Top, left, height and width of torchvision's random crop for this seed; the global stream stays where it was."""
+    """Top, left, height and width of torchvision's random crop for this seed."""
+    with drawing(seed):
+        return list(v2.RandomResizedCrop.get_params(image, SCALE, RATIO))
+
+
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """Inside, torch's global stream is that of the seed, for functions that know no other; outside it is as it was."""
     state = torch.default_generator.get_state()
     try:
         torch.default_generator.manual_seed(seed)
-        return list(v2.RandomResizedCrop.get_params(image, SCALE, RATIO))
+        yield
     finally:
         torch.default_generator.set_state(state)
 
