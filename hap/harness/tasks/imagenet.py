@@ -36,7 +36,7 @@ NORMALISE = {
 }
 Statistics = Literal["imagenet", "tiny-imagenet"]
 # images, where a run only has to go through every stage, and what becomes of them
-SMOKE = {"train": 32, "validation": 16, "test": 16, "calibration": 8, "size": 64, "resize": 72}
+SMOKE = {"train": 32, "validation": 16, "test": 16, "calibration": 8, "size": 32, "resize": 36}
 
 
 class Source(NamedTuple):

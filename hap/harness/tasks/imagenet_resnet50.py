@@ -8,7 +8,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 from hap.harness.batchnorm import recalibrate
 from hap.harness.tasks import Data, Task
 from hap.harness.tasks.data import load_weights, roots
-from hap.harness.tasks.decoding import View, drawing
+from hap.harness.tasks.decoding import Pictures, View, drawing
 from hap.harness.tasks.imagenet import (
     HELD_OUT,
     NORMALISE,
@@ -77,6 +77,11 @@ def task(
 def ready(**options: object) -> Data:
     """The data of the task, without reading the network; its weights are downloaded by the first run."""
     return imagenet()[1]
+
+
+def pictures(*, held_out: int = HELD_OUT, smoke: bool = False, **options: object) -> Pictures:
+    """What the workers of the task decode."""
+    return Pictures(split(held_out, smoke)[0]["train"], View())
 
 
 def _folders() -> list[Path]:

@@ -14,7 +14,7 @@ from torchvision.models import squeezenet1_0
 from hap import HapError
 from hap.harness.tasks import Data, MissingData, Task
 from hap.harness.tasks.data import Normalise, load_weights, roots
-from hap.harness.tasks.decoding import View, drawing
+from hap.harness.tasks.decoding import Pictures, View, drawing
 from hap.harness.tasks.imagefolder import Listing, digest, drawn_by_name, listed
 from hap.harness.tasks.imagenet import SMOKE, Source, few, noted, weights, wnids, workload
 
@@ -22,7 +22,7 @@ FILE = "squeezenet1_0_deepcompression_decoded_bgr255.pt"
 SOURCE = "songhan/SqueezeNet-Deep-Compression, decoded to torchvision's names"
 VIEW = View(227, 256, squash=True)
 NORMALISE = Normalise((123 / 255, 117 / 255, 104 / 255), (1 / 255,) * 3)  # Caffe's: less the mean, from 0 to 255
-SPLITS = {"train": 256, "validation": 64, "test": 320}
+SPLITS = {"train": 128, "validation": 64, "test": 256}
 SAME = "calibration, training, validation and test are the same images"
 
 
@@ -65,6 +65,11 @@ def task(
 def ready(**options: object) -> Data:
     """The data of the task, without its network."""
     return _sample(_folder())[1]
+
+
+def pictures(**options: object) -> Pictures:
+    """What the workers of the task decode."""
+    return Pictures(_sample(_folder())[0], VIEW)
 
 
 def network() -> nn.Module:
