@@ -36,16 +36,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def hapdata(request: pytest.FixtureRequest) -> Path:
-    """A folder with CIFAR-10 and its checkpoints: $HAP_DATA, else unpacked once from ../shared, else a skip."""
+    """A folder with CIFAR-10, checkpoints, a sample of ImageNet: $HAP_DATA, else from ../shared once, else a skip."""
     given = os.environ.get("HAP_DATA")
     if given:
         return Path(given)
     if not TOOL.is_file():
         pytest.skip(f"CIFAR-10 not found: HAP_DATA is not set, and {TOOL} is not there to unpack a copy")
-    cached = Path(request.config.cache.mkdir("hap")) / "data"
+    cached = Path(request.config.cache.mkdir("hap")) / "unpacked"
     if not cached.exists():
         with tempfile.TemporaryDirectory(dir=cached.parent) as fresh:
-            subprocess.run([sys.executable, TOOL, fresh, "cifar10", "checkpoints"], check=True, capture_output=True)
+            parts = ("cifar10", "checkpoints", "imagenet-sample")
+            subprocess.run([sys.executable, TOOL, fresh, *parts], check=True, capture_output=True)
             if not cached.exists():  # another worker may have been faster
                 (Path(fresh)).rename(cached)
                 Path(fresh).mkdir()  # for the context manager to remove

@@ -33,15 +33,17 @@ CORE = (
     "methods budget plan bridge surgery implants cost testing"
 ).split()
 HARNESS = (
-    "ranks files binding provenance freshness events recipe tasks batchnorm stepping checkpoints curve training "
-    "upstream "
-    "tasks.cache tasks.nets tasks.pickles tasks.data tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
+    "ranks files binding provenance freshness events recipe tasks batchnorm averaging stepping checkpoints curve "
+    "training upstream "
+    "tasks.cache tasks.nets tasks.pickles tasks.data tasks.imagefolder tasks.decoding tasks.imagestream "
+    "tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
     "tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
+    "tasks.imagenet tasks.imagenet_resnet50 tasks.imagenet_squeezenet "
     "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
     "cases spec scoring run shapes architecture pretrained store statistics evidence judge plugin "
     "markup fates tables summary plots page report "
-    "integrity lint rehearsal doctor progress fanout making bill estimate terminal detect history regressions speed "
+    "integrity lint rehearsal pipeline doctor progress fanout making bill estimate terminal detect history regressions speed "
     "nightly differences comparison compare commands cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]

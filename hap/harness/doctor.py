@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from hap import HapError, __version__
-from hap.harness import store
+from hap.harness import pipeline, store
 from hap.harness.binding import Ref
+from hap.harness.recipe import Recipe
 from hap.harness.spec import Spec, load_spec
 from hap.harness.tasks import Data
 
@@ -21,6 +22,7 @@ def lines(specs: Mapping[Path, Path]) -> Iterator[str]:
     yield f"hap {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
     yield f"device: {device()}"
     found: Found = {}
+    measured = set[str]()
     for path, results in specs.items():
         try:
             spec = load_spec(path)
@@ -31,6 +33,9 @@ def lines(specs: Mapping[Path, Path]) -> Iterator[str]:
             if str(task) not in found:
                 found[str(task)] = _look(task, spec.seeds[0])
                 yield f"workload {task.use}: {_told(found[str(task)])}"
+                if isinstance(found[str(task)], Data) and task.use not in measured:
+                    measured.add(task.use)
+                    yield from pipeline.lines(task, _recipe(task, spec), spec.seeds[0])
         yield f"spec {spec.name}: {_fit(spec, found)}"
         if spec.needs or spec.tier == "gpu":
             yield f"  needs: {spec.needs or 'a GPU'}; {_data(spec, found)}"
@@ -49,6 +54,11 @@ def ready(task: Ref, seed: int) -> Data:
     data = quick(**task.options) if quick is not None else task.load()(seed, **task.options).data
     assert isinstance(data, Data)
     return data
+
+
+def _recipe(task: Ref, spec: Spec) -> Recipe | None:
+    """The first by which a spec trains on such a workload."""
+    return next((case.finetune for case in spec.cases.values() if case.task.use == task.use and case.finetune), None)
 
 
 def _look(task: Ref, seed: int) -> Data | HapError:

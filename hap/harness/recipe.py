@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hap import HapError
 
@@ -17,7 +18,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     batch_size: int = 128
-    schedule: str = "step"  # "step" (a tenth at 50 and 75 %), "cosine", "linear" (to 0) or "constant"
+    schedule: str = "step"  # "step" (a tenth at the milestones), "cosine", "linear" (to 0) or "constant"
     warmup_epochs: float = 0.0
     nesterov: bool = False
     autocast: str | None = None  # "bf16": convolutions and products in bfloat16, weights and loss in float32
@@ -27,6 +28,9 @@ class Recipe:
     temperature: float | None = None  # of the distillation; None is 4
     optimiser: str | None = None  # "adamw", whose decay spares biases and norms; None is SGD
     clip: float | None = None  # the largest norm of a step's gradient
+    milestones: list[int] | None = None  # the epochs of the steps; None is 50 and 75 % of all
+    label_smoothing: float | None = None  # of the loss that is trained on, and of no other
+    ema: float | None = None  # decay a step of the weights' average, which is what is validated and selected
     stabilise: bool = False  # upstream: a last pass over the training data renews the statistics of BatchNorm
 
     def __post_init__(self) -> None:
@@ -52,6 +56,10 @@ class Recipe:
             ("clip", "positive and finite", self.clip is None or 0 < self.clip < math.inf),
             ("distil", "above 0 and at most 1", self.distil is None or 0 < self.distil <= 1),
             ("temperature", "positive and finite", self.temperature is None or 0 < self.temperature < math.inf),
+            ("milestones", "rising whole numbers from 1 on", _rising(self.milestones)),
+            ("milestones", "left out where schedule is not step", not self.milestones or self.schedule == "step"),
+            ("label_smoothing", "above 0 and below 1", self.label_smoothing is None or 0 < self.label_smoothing < 1),
+            ("ema", "above 0 and below 1", self.ema is None or 0 < self.ema < 1),
             ("temperature", "left out without distil", self.temperature is None or self.distil is not None),
         ]
 
@@ -59,11 +67,18 @@ class Recipe:
 def learning_rate(recipe: Recipe, epochs: float, ahead: float = 0.0) -> float:
     """The learning rate after `epochs`, fractions included; a warm-up counts the step `ahead` as taken."""
     done = epochs / recipe.epochs
+    steps = [each / recipe.epochs for each in recipe.milestones or ()] or [0.5, 0.75]
     factor = {
         "constant": 1.0,
         "linear": 1 - done,
         "cosine": (1 + math.cos(math.pi * done)) / 2,
-        "step": 0.1 ** ((done >= 0.5) + (done >= 0.75)),
+        "step": 0.1 ** sum(done >= each for each in steps),
     }[recipe.schedule]
     warm = min(1.0, (epochs + ahead) / recipe.warmup_epochs) if recipe.warmup_epochs else 1.0
     return recipe.lr * factor * warm
+
+
+def _rising(milestones: list[int] | None) -> bool:
+    if milestones is None:
+        return True
+    return bool(milestones) and all(a < b for a, b in pairwise([0, *milestones]))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -82,6 +82,8 @@ class Stepper:
     def _loss(self, inputs: Any, targets: Tensor, mass: Tensor, share: float) -> Tensor:
         """The part of the batch's mean loss that these samples, a `share` of it, are."""
         loss, distil = self.task.loss, self.recipe.distil
+        if self.recipe.label_smoothing is not None:
+            loss = replace(loss, label_smoothing=self.recipe.label_smoothing)
         outputs = self._outputs(self._network(inputs, len(targets)), inputs)
         found = loss.total(outputs, targets) / mass
         if distil is None:

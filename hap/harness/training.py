@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hap import HapError
 from hap.harness import ranks
+from hap.harness.averaging import averaging
 from hap.harness.batchnorm import synchronised
 from hap.harness.checkpoints import Keeper, Point
 from hap.harness.checkpoints import State as State
@@ -177,7 +178,7 @@ class _Trainer:
         steps = math.ceil(self.task.train_size / self.recipe.batch_size)
         total, samples, lr = torch.zeros(()), 0, self.recipe.lr
         self.optimiser.zero_grad(set_to_none=True)
-        with dropping(self.model, self.rng):
+        with dropping(self.model, self.rng), averaging(self.model, self.optimiser, self.recipe.ema):
             for step, (inputs, targets, whole) in enumerate(self._batches()):
                 lr = learning_rate(self.recipe, epoch + step / steps, 1 / steps)
                 for group in self.optimiser.param_groups:

@@ -37,6 +37,26 @@ def sentences(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def imagenets(tmp_path_factory):
+    """A folder laid out as $HAP_DATA: ImageNet with two training pictures a class, its sample, a SqueezeNet."""
+    import pictures
+    import torch
+
+    from hap.harness.tasks import imagenet_squeezenet
+    from hap.harness.tasks.imagenet import wnids
+
+    root = tmp_path_factory.mktemp("data")
+    for part, each in (("train", 2), ("val", 1)):
+        pictures.folder(root / "imagenet" / part, wnids(), each, first=len(part))
+    (root / "imagenet-sample").mkdir()
+    (root / "imagenet-sample" / "val").symlink_to(root / "imagenet" / "val")
+    weights = root / "checkpoints" / "imagenet"
+    weights.mkdir(parents=True)
+    torch.save(imagenet_squeezenet.network().state_dict(), weights / imagenet_squeezenet.FILE)
+    return root
+
+
+@pytest.fixture(scope="session")
 def bert(tmp_path_factory):
     """The folder of a BERT with words of its own, as it comes out of pretraining, without a head."""
     torch = pytest.importorskip("torch")

