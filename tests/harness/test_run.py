@@ -11,7 +11,7 @@ import torch
 import hap
 from hap import HapError
 from hap.groups import couple
-from hap.harness import checkpoints, provenance, scoring, store
+from hap.harness import checkpoints, freshness, provenance, scoring, store
 from hap.harness.binding import Ref
 from hap.harness.run import Clock, Run, one_shot, run
 from hap.harness.spec import Case
@@ -56,6 +56,7 @@ def task(seed: int, *, spoil: float = 1.0) -> Task:
         evaluate=evaluate,
         example=NORMALISE(splits["train"].pixels[:1]),
         data=Data("stripes", "0" * 64, True, ""),
+        test_samples=len(splits["test"].labels),
         threads=1,
     )
     fit(made.model, made, Recipe(epochs=3, lr=0.05, batch_size=32), rng=generator(seed, "train"))
@@ -105,6 +106,11 @@ def test_the_record_is_whole_and_comes_back_from_the_store(record, tmp_path):
     assert {"task", "trace", "score", "plan", "apply", "finetune", "evaluate"} <= made.seconds.keys()
     assert made.environment["threads"] == 1
     assert made.data["name"] == "stripes"
+    counts = made.metrics["selected"]["accuracy"] * made.data["test_samples"] / 100
+    assert made.data["test_samples"] > 1
+    assert counts == pytest.approx(round(counts))
+    assert made.code["decides"] == freshness.decides(freshness.entrances(made.config))
+    assert freshness.age(made, {}) == freshness.FRESH
     assert list(Run.__dataclass_fields__)[:5] == ["schema", "spec", "case", "key", "seed"]
 
 
