@@ -4,7 +4,9 @@
 m -+ t(c, n - 1) s / sqrt(n). A difference between methods has bounds by the bootstrap, bias-corrected and accelerated
 (BCa) [Efron87], from FEWEST seeds on. With fewer it has Student's: 3 values have but 10 different resampled means, and
 a BCa bound at 95 % lies on the right side of a normal mean in 85 % of samples of 3, 90 % of 5 and 92 % of 10; of a
-skewed one, where Student's fails too, BCa is the better of the two from about 10 on (simulated in the tests).
+skewed one, where Student's fails too, BCa is the better of the two from about 10 on (simulated in the tests). A bound
+is then the farther of both: resampling knows of skewness, and nothing of tails that it has not seen, which is where the
+correction for many comparisons asks.
 
 **The test set.** A mean over seeds is one of a finite sample of inputs, which no further seed makes larger. Its
 standard error e (`sampling`) widens the bounds in quadrature, each distance to the mean becoming
@@ -17,8 +19,9 @@ holds when the bounds lie in its band, and fails when they lie outside. That is 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
 
 Op = Literal["<=", ">=", "=="]
 Kind = Literal["exact", "test set", "Student", "BCa"]
@@ -43,17 +46,19 @@ class Interval:
 def interval(
     values: Sequence[float], confidence: float = 0.95, *, sampling: float = 0.0, bootstrap: bool = False
 ) -> Interval:
-    """The bounds of the mean of at least one value; `bootstrap`: by BCa where there are FEWEST seeds.
+    """The bounds of the mean of at least one value; `bootstrap`: by BCa too where there are FEWEST seeds.
 
     One value, or equal ones, have no spread to see: only the caller knows whether that is because there is none.
     """
-    spread = deviation(values)
-    if bootstrap and len(values) >= FEWEST and spread > 0:
-        found = _bca(values, confidence)
-        if all(map(math.isfinite, found)):
-            mean = math.fsum(values) / len(values)
-            return _widened(mean, mean - found[0], found[1] - mean, "BCa", confidence, sampling)
-    return expected(math.fsum(values) / len(values), spread, len(values), confidence, sampling=sampling)
+    mean, spread = math.fsum(values) / len(values), deviation(values)
+    found = expected(mean, spread, len(values), confidence, sampling=sampling)
+    if not bootstrap or len(values) < FEWEST or spread == 0:
+        return found
+    low, high = _bca(tuple(values), confidence)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return found
+    resampled = _widened(mean, mean - low, high - mean, "BCa", confidence, sampling)
+    return replace(resampled, low=min(found.low, resampled.low), high=max(found.high, resampled.high))
 
 
 def bounds(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -190,11 +195,20 @@ def _widened(mean: float, below: float, above: float, kind: Kind, confidence: fl
     return Interval(mean, mean - math.hypot(below, error), mean + math.hypot(above, error), kind, confidence)
 
 
-def _bca(values: Sequence[float], confidence: float) -> tuple[float, float]:
+def _bca(values: tuple[float, ...], confidence: float) -> tuple[float, float]:
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    level = max(2 * confidence - 1, 0.0)
+    given: dict[str, Any] = {"confidence_level": level, "method": "BCa", "n_resamples": 0}
+    found = bootstrap((values,), np.mean, **given, bootstrap_result=_resampled(values)).confidence_interval
+    return float(found.low), float(found.high)
+
+
+@lru_cache(maxsize=64)  # a p-value asks for many confidences
+def _resampled(values: tuple[float, ...]) -> Any:
     import numpy as np
     from scipy.stats import bootstrap
 
     rng = np.random.default_rng(0)  # the same values have the same bounds
-    level = max(2 * confidence - 1, 0.0)
-    found = bootstrap((values,), np.mean, confidence_level=level, n_resamples=RESAMPLES, method="BCa", rng=rng)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=rng)

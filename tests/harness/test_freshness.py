@@ -1,12 +1,14 @@
 import shutil
 import subprocess
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from hap.harness import freshness, provenance
 from hap.harness.freshness import FRESH, age, at_commit, deciding, differing, newest, on_disk, parsed
+from hap.harness.store import load
 
 RUN = '''
 """A procedure."""
@@ -220,3 +222,14 @@ def test_the_package_on_disk_reads_and_a_run_reaches_the_method():
         "training.fit",
     } <= reached.keys()
     assert not [name for name in reached if name.partition(".")[0] in ("judge", "report", "store", "cli", "plugin")]
+
+
+def test_the_age_of_the_committed_evidence_is_told():
+    """Fresh, stale or not known, with the reason, also where this is no checkout; never an error."""
+    results = Path(__file__).parents[2] / "results"
+    files = {load(file).code["commit"]: file for file in sorted(results.glob("*/*/seed0.json"))}
+    assert files
+    for file in files.values():
+        found = age(load(file), {})
+        assert found.state in ("fresh", "stale", "unknown")
+        assert bool(found.why) == (found.state != "fresh")

@@ -68,14 +68,32 @@ def test_the_widened_bounds_cover_what_they_say():
 
 
 def test_the_bootstrap_is_that_of_scipy_and_the_same_twice():
-    found = interval(TEN, 0.95, bootstrap=True)
+    low, high = statistics._bca(tuple(TEN), 0.95)
     oracle = stats.bootstrap((TEN,), np.mean, confidence_level=0.9, n_resamples=40_000, rng=np.random.default_rng(7))
-    assert found.kind == "BCa"
-    assert found.low == pytest.approx(oracle.confidence_interval.low, abs=0.03)
-    assert found.high == pytest.approx(oracle.confidence_interval.high, abs=0.06)
-    assert found == interval(TEN, 0.95, bootstrap=True)
-    assert found.high - found.mean > found.mean - found.low  # one value is far above: BCa sees it, Student does not
-    assert interval(TEN, 0.5, bootstrap=True).low == pytest.approx(found.mean, abs=0.2)
+    assert low == pytest.approx(oracle.confidence_interval.low, abs=0.03)
+    assert high == pytest.approx(oracle.confidence_interval.high, abs=0.06)
+    assert high - np.mean(TEN) > np.mean(TEN) - low  # one value is far above: BCa sees it, Student does not
+    statistics._resampled.cache_clear()
+    assert (low, high) == statistics._bca(tuple(TEN), 0.95)
+
+
+@pytest.mark.parametrize("sampling", [0.0, 0.3])
+def test_a_bound_of_a_difference_is_the_farther_of_both(sampling):
+    found, student = (interval(TEN, sampling=sampling, bootstrap=flag) for flag in (True, False))
+    assert (found.kind, student.kind) == ("BCa", "Student")
+    assert found.low == student.low
+    assert found.high > student.high
+    mirrored = interval([-value for value in TEN], sampling=sampling, bootstrap=True)
+    assert mirrored.low == pytest.approx(-found.high, abs=0.05)
+    assert mirrored.high == pytest.approx(-found.low)
+
+
+def test_resampling_does_not_find_what_it_has_not_seen():
+    """Ten values above 0, and so all resamples: BCa alone would tell a p-value of none, Student tells t(9)'s."""
+    values = [0.1 + value / 10 for value in range(10)]
+    assert statistics._bca(tuple(values), 1 - 1e-9)[0] > 0
+    found = p_value(lambda c: holds(">=", interval(values, c, bootstrap=True), 0.0, math.inf))
+    assert found == pytest.approx(stats.ttest_1samp(values, 0.0, alternative="greater").pvalue, rel=0.05)
 
 
 def test_few_seeds_have_students_bounds_and_say_so():
