@@ -85,7 +85,11 @@ def _chance(pairs: Sequence[Pairs], found: Sequence[Difference]) -> str:
         return "One seed has no spread: nothing can be said of chance."
     family = f"p-values are corrected for all {len(found)} differences (Holm), intervals stand alone"
     kinds = {each.interval.kind for each in found if each.interval is not None}
-    bounds = "by the bootstrap (BCa)" if "BCa" in kinds else f"Student's, for the bootstrap needs {FEWEST} seeds"
+    bounds = (
+        "the wider of the bootstrap's (BCa) and Student's"
+        if "BCa" in kinds
+        else f"Student's, for the bootstrap needs {FEWEST} seeds"
+    )
     more = "" if seeds >= FEWEST else "; so few seeds find large differences only"
     return f"Intervals over {seeds} seeds are {bounds}, and hold the error of the finite test set; {family}{more}."
 
