@@ -160,10 +160,10 @@ class _Share(Sequence[tuple[Any, Tensor]]):
 
 
 def share(batches: Sequence[tuple[Any, Tensor]]) -> Sequence[tuple[Any, Tensor]]:
-    """This rank's share of batches: whole ones where each rank can have as many, else its samples of each."""
+    """This rank's share of batches: whole ones where each rank can have one, else its samples of each."""
     if world() == 1:
         return batches
-    if len(batches) % world() == 0:
+    if len(batches) >= world():
         return _Share(batches)
     samples = sum(len(targets) for _, targets in batches)
     parts = [part(inputs, targets) for inputs, targets in batches]

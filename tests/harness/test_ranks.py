@@ -94,9 +94,9 @@ def test_two_ranks_are_two(one, two):
     assert one["params"] == two["params"]
 
 
-@pytest.mark.parametrize("what", ["exact", "plain net", "weighted"])
+@pytest.mark.parametrize("what", ["exact", "one batch", "plain net", "weighted"])
 def test_the_curvature_of_two_ranks_is_that_of_one(one, two, what):
-    """Five batches, of which the last has two samples: each rank has its samples of each."""
+    """Five batches, three for a rank and two for the other; of one batch, each has its samples."""
     assert max(one[what]) > 0
     assert two[what] == pytest.approx(one[what], rel=2e-5)
 

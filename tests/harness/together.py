@@ -7,6 +7,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -120,6 +121,7 @@ def measured(folder: Path) -> dict:
         "world": ranks.world(),
         "params": params(made.model),
         "exact": scores(made),
+        "one batch": scores(replace(made, batches=made.batches[:1])),
         "plain net": scores(task(net(batchnorm=False))),
         "weighted": scores(task(weight=weights)),
         "probes": scores(made, curvature="hutchinson", probes=200),

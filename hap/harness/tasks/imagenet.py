@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from hap import HapError
+from hap.harness import ranks
 from hap.harness.tasks import Data, MissingData, Task
 from hap.harness.tasks.data import Normalise, device, positive, roots
 from hap.harness.tasks.decoding import View, decoded
 from hap.harness.tasks.imagefolder import Listing, digest, drawn_by_name, listed
-from hap.harness.tasks.imagestream import Shard, calibration, count, epoch
+from hap.harness.tasks.imagestream import Count, Shard, calibration, count, epoch
 from hap.harness.tasks.pickles import damaged, first_line
 from hap.harness.training import generator
 from hap.losses import CrossEntropy
@@ -134,9 +135,13 @@ def workload(
     augmented: bool = False,
     train_images: int | None = None,
     notes: tuple[str, ...] = (),
-    shard: Shard = (0, 1),
+    shard: Shard | None = None,
 ) -> Task:
-    """The task of a network and what it is shown; `shard`: train and evaluate are that rank's part of the whole."""
+    """The task of a network and what it is shown; train and evaluate are a rank's part of the whole: `shard`, else ours.
+
+    What is counted is added up over ranks, each of which decodes its own images.
+    """
+    shard = shard or (ranks.rank(), ranks.world())
     positive(train_images=1 if train_images is None else train_images)
     splits, data, view, normalise = source
     loss, train = CrossEntropy(), splits["train"]
@@ -144,7 +149,9 @@ def workload(
     example = decoded(train.file(0), view, None)[None].to(device()).permute(0, 3, 1, 2)
 
     def evaluate(model: nn.Module, which: str) -> dict[str, float]:
-        return count(model, loss.call, splits[which], view, normalise, shard=shard).rates
+        found = count(model, loss.call, splits[which], view, normalise, shard=shard)
+        sums = ranks.summed(torch.tensor(found, dtype=torch.float64)).tolist()
+        return Count(int(sums[0]), sums[1], int(sums[2])).rates
 
     rng = generator(seed, "calibration")
     return Task(
@@ -157,6 +164,8 @@ def workload(
         evaluate=evaluate,
         example=normalise(example),
         data=data,
+        test_samples=len(splits["test"].labels),
+        sharded=shard[1] > 1,
         notes=notes,
     )
 
