@@ -137,9 +137,9 @@ def workload(
     notes: tuple[str, ...] = (),
     shard: Shard | None = None,
 ) -> Task:
-    """The task of a network and what it is shown; train and evaluate are a rank's part of the whole: `shard`, else ours.
+    """The task of a network and what it is shown.
 
-    What is counted is added up over ranks, each of which decodes its own images.
+    Each rank decodes its own images, `shard` or by default those of this process; what is counted is added up over all.
     """
     shard = shard or (ranks.rank(), ranks.world())
     positive(train_images=1 if train_images is None else train_images)
