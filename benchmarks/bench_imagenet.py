@@ -4,7 +4,7 @@ Curvature is `exact` with three columns and one drawn, summed over each row, as 
 weights and images in batches of 8: seconds are medians over the rounds, memory is what a fresh process takes above
 model and data. The pipeline decodes JPEGs of ImageNet's usual size, random crops as in training; made-up ones, or those
 of HAP_IMAGENET. On a GPU also the throughput of training in bf16, channels last and compiled, with the share of the
-rate that products of large matrices reach on the device, and the seconds of 1,024 images; there are no bars on that yet.
+rate that products of large matrices reach on the device, and the seconds of 1,024 images; no bars are on that yet.
 
 The bars: twice the images take at most 2.4 times as long, 1,000 classes at most 1.5 times as long as 10, four batches
 at most 1.25 times the memory of one, and two workers decode at least 1.5 times what one does. `python

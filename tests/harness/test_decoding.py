@@ -15,6 +15,7 @@ from hap.harness.tasks import decoding
 from hap.harness.tasks.decoding import Pictures, View, decoded, random_crop, stream, workers
 from hap.harness.tasks.imagefolder import listed
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12
 VIEW = View(24, 32)
 MODES = {"RGB": "JPEG", "L": "JPEG", "CMYK": "JPEG", "P": "PNG", "RGBA": "PNG", "1": "PNG"}
 

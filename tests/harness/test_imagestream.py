@@ -17,6 +17,7 @@ from hap.harness.training import generator
 from hap.layers import forward
 from hap.losses import CrossEntropy
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12
 VIEW, NORMALISE = View(16, 20), Normalise((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 

@@ -18,6 +18,7 @@ from hap.harness.tasks import decoding
 from hap.harness.tasks.decoding import Pictures, View, decoded
 from hap.harness.tasks.imagefolder import listed
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12
 RECIPE = Recipe(1, 0.1, compile=True, distil=0.5, label_smoothing=0.1)
 
 
