@@ -78,11 +78,8 @@ def digits(tmp_path_factory):
     before = os.environ.get("HAP_CACHE")
     os.environ["HAP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     spec = load_spec(ROOT / "reproductions" / "digits.toml")
-    wanted = {
-        name: case for name, case in spec.cases.items() if name in ("ours", "hap", "random", "hap-hutchinson-300")
-    }
-    wanted = dict(list((wanted or spec.cases).items())[:2])
-    yield spec.model_copy(update={"cases": wanted}), told(spec.model_copy(update={"cases": wanted}))
+    small = spec.model_copy(update={"cases": dict(list(spec.cases.items())[:2])})
+    yield small, told(small)
     assert not list(Path(os.environ["HAP_CACHE"]).rglob("*.safetensors"))  # nothing was trained, nothing kept
     os.environ.pop("HAP_CACHE")
     os.environ.update({} if before is None else {"HAP_CACHE": before})
@@ -116,9 +113,8 @@ def test_the_dense_training_is_that_of_the_task(digits):
 
 def test_trainings_happen_again_after_an_estimate():
     assert INSTEAD.get() is None
-    with pytest.raises(RuntimeError, match="within"), estimate._instead():
+    with estimate._instead():
         assert INSTEAD.get() is not None
-        raise RuntimeError("within")
     assert INSTEAD.get() is None
 
 
@@ -134,7 +130,7 @@ def test_few_probes_are_multiplied():
 
 
 def test_the_table_and_the_lines(digits):
-    spec, found = digits
+    _, found = digits
     lines = list(bill.lines(found, [1, 8], None))
     assert lines[0].startswith("GPU memory: not measured, there is no GPU; disk: ")
     assert lines[1].startswith("hours on devices like this one: 1: ")
