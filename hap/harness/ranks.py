@@ -4,6 +4,7 @@ Without torchrun there is one process, of rank 0, and everything here is free. A
 the same order. Files are written by rank 0 alone; what it read, or could not, is told to the others.
 """
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -51,10 +52,12 @@ def joined() -> Iterator[None]:
             # pruned 1x1 kernels have two layouts that are the same; it is about speed
             warnings.filterwarnings("ignore", message="Grad strides do not match")
             yield
+        distributed.barrier()  # no rank leaves while another still talks to it
     except HapError as error:
         error.__dict__.setdefault("rank", rank())
         raise
     finally:
+        gc.collect()  # what DDP left holds on to the group, whose threads must end before the interpreter does
         distributed.destroy_process_group()
 
 

@@ -1,11 +1,13 @@
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakes import LARGE, SPEC, fake_run, with_accuracy, write_spec
@@ -269,6 +271,17 @@ def test_doctor_tells_machine_data_and_specs(folder):
     assert "spec broken: NO, reproductions/broken.toml: title: is required\n" in told.stdout
 
 
+@pytest.mark.usefixtures("folder", "workload")
+def test_doctor_tells_memory_disk_and_what_can_be_installed(monkeypatch):
+    monkeypatch.setattr("hap.harness.doctor.find_spec", lambda name: None if name == "submitit" else name)
+    told = hap("doctor").stdout
+    memory, free = re.search(r"^memory: (\d+) GiB; disk: (\d+) GiB free in /", told, re.MULTILINE).groups()
+    assert int(memory) > 0
+    assert int(free) == pytest.approx(shutil.disk_usage(".").free / 2**30, abs=2)
+    assert "extra cluster (hap run --slurm): NO, without submitit: python -m pip install 'hap[cluster]'" in told
+    assert "extra heads (attention heads): yes" in told
+
+
 def test_doctor_tells_what_is_missing(folder, monkeypatch):
     def missing(*, width):
         raise MissingData("CIFAR-10 not found: looked in ./data; get it from a mirror")
@@ -296,7 +309,10 @@ def test_doctor_knows_that_a_gpu_is_needed(folder, monkeypatch):
     assert "spec table: NO, it needs a GPU\n  needs: a GPU; digits, which is here\n" in hap("doctor").stdout
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert "spec table: yes: hap run table\n  needs: a GPU; digits, which is here\n" in hap("doctor").stdout
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=48 * 2**30))
+    told = hap("doctor").stdout
+    assert "spec table: yes: hap run table\n  needs: a GPU; digits, which is here\n" in told
+    assert "of the GPU 48 GiB" in told
 
 
 @pytest.mark.usefixtures("workload")
