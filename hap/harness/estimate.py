@@ -112,29 +112,33 @@ class Meter:
 
 def steps_of(model: nn.Module, task: Task, recipe: Recipe, rng: torch.Generator) -> Price:
     """The training of a recipe, by a few of its steps: data, forward, backward and optimiser."""
-    before = snapshot(model)
-    step, moved = Stepper(model, task, recipe, recipe.micro_batch or recipe.batch_size), optimiser(model, recipe)
+    before, plain = snapshot(model), replace(recipe, compile=False)
+    here = recipe if next(model.parameters()).device.type == "cuda" else plain  # on a CPU it takes minutes to compile
+    size, moved = recipe.micro_batch or recipe.batch_size, optimiser(model, recipe)
     model.train()
-    source, seconds, flops = task.train(recipe.batch_size, rng), list[float](), 0.0
-    for number in range(STEPS + 1):
-        _synchronise()
+    source, seconds = task.train(recipe.batch_size, rng), list[float]()
+    inputs, targets, share = _cut(task, *_part(task, next(source)))
+    first = share
+    with FlopCounterMode(display=False) as counter:  # which does not see into what is compiled
+        Stepper(model, task, plain, size)(inputs, targets)
+    step = Stepper(model, task, here, size)
+    step(inputs, targets)
+    for _ in range(STEPS):
         start = time.perf_counter()
         batch = next(source, None)
-        if batch is None:
-            break
-        inputs, targets = ranks.part(*batch) if not task.sharded else batch
-        inputs, targets, share = _cut(task, inputs, targets)
-        with FlopCounterMode(display=False) if number == 0 else _nothing() as counter:
-            step(inputs, targets)
+        loaded = time.perf_counter() - start
+        inputs, targets, share = (inputs, targets, share) if batch is None else _cut(task, *_part(task, batch))
+        _synchronise()
+        start = time.perf_counter()
+        step(inputs, targets)
         moved.step()
         moved.zero_grad(set_to_none=True)
         _synchronise()
-        seconds.append((time.perf_counter() - start) / share)
-        flops = counter.get_total_flops() / share if counter is not None else flops
+        seconds.append(loaded + (time.perf_counter() - start) / share)
     model.load_state_dict(before)
     model.eval()
     count = -(-task.train_size // recipe.batch_size) * recipe.epochs
-    return Price(1, flops, min(seconds[1:] or seconds)).times(count)
+    return Price(1, counter.get_total_flops() / first, min(seconds)).times(count)
 
 
 def trace_of(task: Task, case: Case) -> Price:
@@ -207,9 +211,8 @@ def _instead() -> Iterator[list[tuple[nn.Module, Task, Recipe, torch.Generator]]
         INSTEAD.reset(token)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
+def _part(task: Task, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor]:
+    return batch if task.sharded else ranks.part(*batch)
 
 
 def _cut(task: Task, inputs: Any, targets: Tensor) -> tuple[Any, Tensor, float]:
