@@ -7,9 +7,9 @@ of HAP_IMAGENET. On a GPU also the throughput of training in bf16, channels last
 rate that products of large matrices reach on the device, and the seconds of 1,024 images; no bars are on that yet.
 
 The bars: twice the images take at most 2.4 times as long, 1,000 classes at most 1.5 times as long as 10, four batches
-at most 1.25 times the memory of one, and two workers decode at least 1.5 times what one does. `python
-benchmarks/bench_imagenet.py --json FILE` does without pytest; `--smoke`, and BENCH_SMOKE=1 with pytest, take few small
-images and hold no bar.
+at most 1.25 times the memory of one, two processes at most 1.1 times as long as one with as many threads in all, and
+two workers decode at least 1.5 times what one does. `python benchmarks/bench_imagenet.py --json FILE` does without
+pytest; `--smoke`, and BENCH_SMOKE=1 with pytest, take few small images and hold no bar.
 """
 
 import ctypes
@@ -33,19 +33,20 @@ from torchvision.models import resnet50
 
 from hap.cost import macs
 from hap.curvature import exact
+from hap.harness import ranks
 from hap.harness.recipe import Recipe
 from hap.harness.stepping import Stepper, exactly, optimiser
 from hap.harness.tasks import Data, Task, imagenet
 from hap.harness.tasks.decoding import AHEAD, Pictures, View, stream
 from hap.harness.tasks.imagefolder import listed
 from hap.losses import CrossEntropy
+from hap.tally import merge
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 PARTS = ("curvature", "pipeline") + ("training",) * CUDA
 COUNTS, CLASSES, BATCH = (8, 16, 32), (10, 100, 1000), 8
-# processes -> the seconds of so many images: a function of (images, side) for each number that can be measured here
-PROCESSES = {1: lambda images, side: seconds(partial(curvature, *made(images, 1000, side)))}
+PROCESSES = (1, 2)  # of which each has as many threads as there are cores for it, or a GPU of its own
 MATRIX = 8192  # the side of the matrices whose product gives the rate of the device
 
 
@@ -92,12 +93,36 @@ def by_images(smoke):
     found["seconds by images"] = {n: timed(partial(curvature, *made(n, 1000, side)), rounds) for n in counts}
     found["seconds an image"] = {n: took / n for n, took in found["seconds by images"].items()}
     found["seconds by classes"] = {c: timed(partial(curvature, *made(BATCH, c, side)), rounds) for c in classes}
-    found["seconds by processes"] = {n: run(counts[-1], side) for n, run in PROCESSES.items()}
+    found["seconds by processes"] = {n: together(n, counts[-1], smoke) for n in PROCESSES}
     peaks = {}
     for n in (BATCH, 4 * BATCH):
         args = [sys.executable, __file__, "curvature", "--peak", str(n), *["--smoke"] * smoke]
         peaks[n] = int(subprocess.run(args, capture_output=True, text=True, check=True).stdout)
     return found | {"bytes by images": peaks}
+
+
+def together(processes, images, smoke):
+    """The seconds of so many images shared out over the ranks of torchrun, the merging included."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    args = [sys.executable, *launch, __file__, "curvature", "--shared", str(images), *["--smoke"] * smoke]
+    return float(subprocess.run(args, capture_output=True, text=True, check=True).stdout)
+
+
+def shared(images, smoke):
+    """What each of those ranks does; rank 0 prints the median."""
+    with ranks.joined():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.world()))
+        model, batches = made(images, 1000, 32 if smoke else 224)
+        mine, took = ranks.share(batches), []
+
+        def work():
+            merge(ranks.gathered(curvature(model, mine)))
+
+        for _ in range(2 if smoke else 4):  # of which the first takes fresh memory
+            ranks.gathered(0)  # all begin at once
+            took.append(seconds(work))
+        if ranks.rank() == 0:
+            print(median(took[1:]))
 
 
 def peak(images, smoke):
@@ -195,6 +220,7 @@ def broken(found):
     else:
         images, classes, room = (found[f"{what} by {by}"] for what, by in KINDS)
         held = [("twice the images", images[32] / images[16], 2.4), ("1,000 classes", classes[1000] / classes[10], 1.5)]
+        held.append(("two processes", found["seconds by processes"][2] / found["seconds by processes"][1], 1.1))
         held.append(("memory of four batches", room[4 * BATCH] / room[BATCH], 1.25))
     return [f"{found['part']}, {what}: {value:.2f} > {bar:.2f}" for what, value, bar in held if value > bar]
 
@@ -225,8 +251,12 @@ def test_imagenet(benchmark, part, capsys):
 def main():
     parser = command.options(__doc__, PARTS)
     parser.add_argument("--peak", type=int, help="print the bytes of so many images alone")
+    parser.add_argument("--shared", type=int, help="print the seconds of so many images, as a rank of torchrun")
     args = parser.parse_args()
     torch.set_num_threads(2)
+    if args.shared:
+        shared(args.shared, args.smoke)
+        return
     if args.peak:
         print(peak(args.peak, args.smoke))
         return
