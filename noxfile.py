@@ -60,9 +60,14 @@ def types(session: nox.Session) -> None:
 
 @session
 def reproduce(session: nox.Session) -> None:
-    """Make evidence, judge it, report it: the digits anew, or what is missing of `-- NAME`, `-- all`, `-- --tier T`."""
+    """Make evidence, judge, report: the digits anew, or what is missing of `-- NAME`, `-- all`; `--ranks N` shares."""
     # anew, for the repository has records of the digits, and to read them would reproduce nothing
-    _run(session, "hap", "run", *(session.posargs or ["digits", "digits-bert", "--again"]))
+    what, launch = list(session.posargs or ["digits", "digits-bert", "--again"]), list[str]()
+    if "--ranks" in what:
+        at = what.index("--ranks")
+        launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", *what[at + 1 : at + 2], "-m"]
+        del what[at : at + 2]
+    _run(session, *launch, "hap", "run", *what)
 
 
 @session
