@@ -90,8 +90,9 @@ def _normalised(norm: _BatchNorm, x: Tensor) -> Tensor:
     axes = [axis for axis in range(x.dim()) if axis != 1]
     wide = x.float()  # also where the convolutions run in bfloat16
     add = ranks.summed_with_gradient
-    count = add(wide.new_tensor(x.numel() / max(x.shape[1], 1)))
-    mean = add(wide.sum(axes)) / count
+    here = wide.new_full((1,), x.numel() / max(x.shape[1], 1))
+    sums = add(torch.cat([wide.sum(axes), here]))
+    count, mean = sums[-1], sums[:-1] / sums[-1]
     shape = (1, -1, *[1] * (x.dim() - 2))
     centred = wide - mean.view(shape)
     variance = add(centred.square().sum(axes)) / count

@@ -11,8 +11,8 @@ from hap import HapError
 STAGES = ("train", "trace", "score", "fine-tune", "evaluate")
 GIB = 2**30
 ASSUMED = (
-    "Assumed: records are shared out over devices, none waits but for its own trained model; a pruned network costs as "
-    "much as the dense one; test sets are read as fast as calibration batches."
+    "Assumed: records are shared out over devices evenly, and none waits but for its own trained model, so these are "
+    "the fewest hours; a pruned network costs as much as the dense one; validation sets are as large as test sets."
 )
 
 

@@ -69,6 +69,8 @@ def run(
     if not chosen:
         raise HapError(f"--tier {tier}: no spec is of this tier")
     jobs = fanout.options(slurm) if slurm else None
+    if jobs and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise HapError("--slurm: sends jobs by itself, and not under torchrun; ranks=N gives each job N ranks")
     if smoke and jobs:
         raise HapError("--smoke: rehearses here, and not with --slurm")
     with _joined() as alone:

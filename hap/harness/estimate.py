@@ -31,9 +31,10 @@ from hap.harness.run import groups_of, load_task
 from hap.harness.spec import Case, Spec
 from hap.harness.stepping import LEAST, Stepper, exactly, optimiser
 from hap.harness.tasks import Task
-from hap.harness.training import generator, snapshot
+from hap.harness.training import generator, snapshot, threads
 
 STEPS = 2  # that are timed, after one that warms up
+LOADING, MOST = 3.0, 64  # seconds, and batches, by which the loading of data is timed
 SMALL = 4e10  # FLOPs of the forward pass of a step on a CPU
 
 
@@ -42,11 +43,14 @@ def estimate(spec: Spec, say: Callable[[str], None]) -> Estimate:
     meter, device = Meter(say), ""
     stages, counts = {stage: Price() for stage in STAGES}, dict.fromkeys(STAGES, 0)
     chains, disk = [Price()], 0
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with exactly():
         for case in spec.cases.values():
             task, dense = meter.task(case, spec.seeds[0])
             device = str(next(task.model.parameters()).device)
-            parts = meter.record(case, task, spec.seeds[0])
+            with threads(task.threads):
+                parts = meter.record(case, task, spec.seeds[0])
             for stage, price in parts.items():
                 stages[stage] = stages[stage].plus(price.times(len(spec.seeds)))
                 counts[stage] += len(spec.seeds)
@@ -116,29 +120,34 @@ def steps_of(model: nn.Module, task: Task, recipe: Recipe, rng: torch.Generator)
     here = recipe if next(model.parameters()).device.type == "cuda" else plain  # on a CPU it takes minutes to compile
     size, moved = recipe.micro_batch or recipe.batch_size, optimiser(model, recipe)
     model.train()
-    source, seconds = task.train(recipe.batch_size, rng), list[float]()
+    source = task.train(recipe.batch_size, rng)
     inputs, targets, share = _cut(task, *_part(task, next(source)))
-    first = share
     with FlopCounterMode(display=False) as counter:  # which does not see into what is compiled
         Stepper(model, task, plain, size)(inputs, targets)
     step = Stepper(model, task, here, size)
-    step(inputs, targets)
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        batch = next(source, None)
-        loaded = time.perf_counter() - start
-        inputs, targets, share = (inputs, targets, share) if batch is None else _cut(task, *_part(task, batch))
-        _synchronise()
-        start = time.perf_counter()
+
+    def once() -> None:
         step(inputs, targets)
         moved.step()
         moved.zero_grad(set_to_none=True)
-        _synchronise()
-        seconds.append(loaded + (time.perf_counter() - start) / share)
+
+    once()
+    stepped, loaded = min(_seconds(once) for _ in range(STEPS)) / share, loading(source)
     model.load_state_dict(before)
     model.eval()
     count = -(-task.train_size // recipe.batch_size) * recipe.epochs
-    return Price(1, counter.get_total_flops() / first, min(seconds)).times(count)
+    # a GPU works while the CPU decodes
+    seconds = max(stepped, loaded) if here is recipe else stepped + loaded
+    return Price(1, counter.get_total_flops() / share, seconds).times(count)
+
+
+def loading(source: Iterator[Any]) -> float:
+    """The seconds that a batch takes to come, once what workers had ready is used up."""
+    took, start = list[float](), time.perf_counter()
+    while len(took) < 2 or (time.perf_counter() - start < LOADING and len(took) < MOST):
+        took.append(_seconds(lambda: next(source, None)))
+    later = took[len(took) // 2 :]
+    return sum(later) / len(later)
 
 
 def trace_of(task: Task, case: Case) -> Price:
@@ -175,18 +184,24 @@ def _measured(do: Callable[[], Any]) -> Price:
     """Counted once, which is slow and warms up; then timed."""
     with FlopCounterMode(display=False) as counter:
         do()
+    return Price(1, counter.get_total_flops(), _seconds(do))
+
+
+def _seconds(do: Callable[[], Any]) -> float:
     _synchronise()
     start = time.perf_counter()
     do()
     _synchronise()
-    return Price(1, counter.get_total_flops(), time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 def forward_of(task: Task) -> Price:
-    """A forward pass of one sample, among those of a batch."""
+    """A forward pass of one sample, among those of a batch, and how long it takes to come."""
+    loaded = _seconds(lambda: task.batches[0]) / len(task.batches[0][1])
     inputs, targets, _ = _cut(task, *task.batches[0])
     with torch.inference_mode():
-        return _measured(lambda: task.loss.call(task.model, inputs)).times(1 / len(targets))._replace(steps=0)
+        one = _measured(lambda: task.loss.call(task.model, inputs)).times(1 / len(targets))
+    return Price(0, one.flops, one.seconds + loaded)
 
 
 def validation(task: Task, epochs: int, one: Price | None = None) -> Price:

@@ -34,12 +34,12 @@ def make(
         while pairs:
             case, seed = _next(pairs, partial(store.busy, results))
             try:
-                if again or not store.path(results, case, seed).exists():
+                if again or not ranks.shared(store.path(results, case, seed).exists):
                     require(spec)
                 with step(f"{case.name} seed {seed}") as say:
                     store.ensure(case, seed, results, again=again, say=say)
             except MissingData as error:
-                if not skip:
+                if not skip or ranks.world() > 1:  # where one rank alone lacks it, the others would go on
                     raise
                 out.print(f"{spec.name} is left out: {error}", markup=False, soft_wrap=True)
                 return

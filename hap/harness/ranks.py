@@ -6,6 +6,7 @@ the same order. Files are written by rank 0 alone; what it read, or could not, i
 
 import gc
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -21,6 +22,8 @@ from hap import HapError
 
 # rank 0 may wait this long for a record that another job makes; a rank that dies ends the job at once all the same
 PATIENCE = timedelta(days=7)
+STUCK = timedelta(hours=1)  # after which a rank that does not come to a sum of tensors is taken for lost
+_SIDE: list[Any] = []  # the group, on CPUs, by which ranks tell each other objects
 Told = TypeVar("Told")
 
 
@@ -37,28 +40,44 @@ def world() -> int:
 @contextmanager
 def joined() -> Iterator[None]:
     """Inside, this process is one of those that torchrun started, with a GPU of its own where there are GPUs."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or _together():
+    if not launched() or _together():
         yield
         return
     backend, own = "gloo", int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and os.environ.get("HAP_DEVICE") != "cpu":
         if own >= torch.cuda.device_count():
-            raise HapError(f"rank {own}: a GPU for each rank expected, found {torch.cuda.device_count()}")
+            error = HapError(f"a GPU for each rank of a machine expected, found {torch.cuda.device_count()}")
+            error.__dict__["rank"] = int(os.environ["RANK"])
+            raise error
         torch.cuda.set_device(own)
-        backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, timeout=PATIENCE)
+        backend = "nccl"
+    distributed.init_process_group(backend, timeout=STUCK)
+    _SIDE[:] = [distributed.new_group(backend="gloo", timeout=PATIENCE)]
     try:
         with warnings.catch_warnings():
             # pruned 1x1 kernels have two layouts that are the same; it is about speed
             warnings.filterwarnings("ignore", message="Grad strides do not match")
             yield
-        distributed.barrier()  # no rank leaves while another still talks to it
+        distributed.barrier(_SIDE[0])  # no rank leaves while another still talks to it
     except HapError as error:
         error.__dict__.setdefault("rank", rank())
-        raise
-    finally:
-        gc.collect()  # what DDP left holds on to the group, whose threads must end before the interpreter does
-        distributed.destroy_process_group()
+        raise  # the group stays, for the others may be waiting in it: see `leave`
+    gc.collect()  # what DDP left holds on to the group, whose threads must end before the interpreter does
+    distributed.destroy_process_group()
+    _SIDE.clear()
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def leave(code: int) -> None:
+    """Ends a rank that failed at once, for to take leave of ranks that wait in a collective can wait for ever."""
+    if _together():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def shared(make: Callable[[], Told]) -> Told:
@@ -71,7 +90,7 @@ def shared(make: Callable[[], Told]) -> Told:
             told[0] = make()
         except HapError as error:
             told[1] = error
-    distributed.broadcast_object_list(told, src=0)
+    distributed.broadcast_object_list(told, src=0, group=_SIDE[0])
     if told[1] is not None:
         told[1].__dict__["rank"] = 0
         raise told[1]
@@ -95,7 +114,7 @@ def gathered(value: Told) -> list[Told]:
     if world() == 1:
         return [value]
     found: list[Any] = [None] * world()
-    distributed.all_gather_object(found, value)
+    distributed.all_gather_object(found, value, group=_SIDE[0])
     return found
 
 
@@ -103,7 +122,7 @@ def summed(value: Tensor) -> Tensor:
     """The sum over ranks; the tensor itself where there is one."""
     if world() > 1:
         value = value.clone()
-        distributed.all_reduce(value)
+        distributed.all_reduce(value, group=None if value.is_cuda else _SIDE[0])
     return value
 
 
@@ -149,30 +168,22 @@ def rows(leaf: Any, wanted: slice, whole: int) -> Any:
     return leaf[wanted] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == whole else leaf
 
 
-class _Share(Sequence[tuple[Any, Tensor]]):
-    """Every world-th batch, read when it is asked for."""
-
-    def __init__(self, batches: Sequence[tuple[Any, Tensor]]) -> None:
-        self.batches, self.chosen = batches, range(rank(), len(batches), world())
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.batches[self.chosen[index]]
-
-
 def share(batches: Sequence[tuple[Any, Tensor]]) -> Sequence[tuple[Any, Tensor]]:
     """This rank's share of batches: whole ones where each rank can have one, else its samples of each."""
     if world() == 1:
         return batches
     if len(batches) >= world():
-        return _Share(batches)
-    samples = sum(len(targets) for _, targets in batches)
-    parts = [part(inputs, targets) for inputs, targets in batches]
-    if not all(gathered(any(len(targets) for _, targets in parts))):
-        raise HapError(f"a calibration sample for each of {world()} ranks expected, found {samples}")
+        return batches[rank() :: world()]
+    # copies: parts of a batch would keep all of it
+    parts = [tree_map(_copied, part(inputs, targets)) for inputs, targets in batches]
+    counts = gathered(sum(len(targets) for _, targets in parts))
+    if not all(counts):
+        raise HapError(f"a calibration sample for each of {world()} ranks expected, found {sum(counts)}")
     return [each for each in parts if len(each[1])]
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def averaging(model: nn.Module) -> nn.Module:
@@ -190,9 +201,12 @@ def averaging(model: nn.Module) -> nn.Module:
 
 def line(error: HapError) -> str | None:
     """What this process says of an error: nothing where rank 0 met the same and says it."""
-    own = int(os.environ.get("RANK") or 0)
-    where: int = error.__dict__.get("rank", 0)  # what is found before ranks join, each of them finds
-    return None if own != where else f"rank {own}: {error}" if own else str(error)
+    if not launched():
+        return str(error)
+    own = int(os.environ["RANK"])
+    # what is found before ranks join, all of a machine find
+    says = own == error.__dict__["rank"] if "rank" in error.__dict__ else os.environ["LOCAL_RANK"] == "0"
+    return None if not says else f"rank {own}: {error}" if own else str(error)
 
 
 def lost(error: BaseException) -> bool:

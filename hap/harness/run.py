@@ -52,6 +52,7 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
     clock = Clock(say)
     with exactly(), clock("task"):
         task = load_task(case.task, seed, lambda event: say(Event(event, STARTS["trace"] * (event.fraction or 0))))
+    ranks.agreed(f"{task.name}: the data", f"{task.data.sha256} {task.train_size}")
     with exactly(), threads(task.threads):
         with clock("trace"):
             groups = remembered(case, seed, f"groups {case.coupling} {case.prune}", lambda: groups_of(task, case))
@@ -59,6 +60,7 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
         prune = one_shot(score, _bound(case.implant), clock) if case.score else _bound(case.method)
         with clock("prune"):
             pruned, chosen = _pair(case, prune(task, groups, case.budget, rng=generator(seed, "prune")))
+            ranks.agreed(f"{task.name}: the plan", json.dumps(chosen.to_json()))
             if case.recalibrate:
                 recalibrate(pruned, task.batches, task.loss.call)
         before = snapshot(pruned)
@@ -104,7 +106,6 @@ def one_shot(score: Callable[..., Any], implant: Any = None, clock: "Clock | Non
             scores = score(task.model, task.loss, task.batches, groups, rng=rng)
         with clock("plan"):
             chosen = plan(groups, scores, budget)
-            ranks.agreed(f"{task.name}: the plan", json.dumps(chosen.to_json()))
         with clock("apply"):
             inputs = [inputs for inputs, _ in task.batches]
             pruned = apply(task.model, groups, chosen, implant, batches=inputs, call=task.loss.call)

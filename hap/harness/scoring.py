@@ -95,10 +95,8 @@ class Scoring:
         given = {name: each for name, each in offered.items() if name in inspect.signature(function).parameters}
         if "merge" in given and ranks.world() > 1:
             # each rank measures its share of the batches, with random draws of its own
-            batches, rng = (
-                ranks.share(batches),
-                rng if ranks.rank() == 0 else generator(self.seed, f"rank {ranks.rank()}"),
-            )
+            batches = ranks.share(batches)
+            rng = rng if ranks.rank() == 0 else generator(rng.initial_seed(), f"rank {ranks.rank()}")
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             scores = function(model, loss, batches, groups, rng=rng, **given, **ref.options)
@@ -107,7 +105,8 @@ class Scoring:
             raise HapError(f"{ref.use}: a tensor of {len(groups)} real numbers expected, found {kind}")
         lines = [" ".join(str(each.message).split()) for each in heard if issubclass(each.category, UserWarning)]
         found = Scored(scores, halves[0] if halves else None, lines, time.perf_counter() - start)
-        found = ranks.shared(lambda: found)  # else two kinds of GPU could round to two rankings
+        if ranks.world() > 1:  # else two kinds of GPU could round to two rankings
+            found = ranks.shared(lambda: found._replace(scores=found.scores.cpu()))
         if not asked:
             _KNOWN[key] = found
         return found

@@ -1,6 +1,7 @@
 """What the commands of `hap` share: how they name specs, where results lie, how they speak, how a mistake is told."""
 
 import os
+import traceback
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
@@ -30,6 +31,7 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **options)
         except HapError as error:
             _complain(error)
+            _leave(2)
             raise typer.Exit(2) from None
         except (RuntimeError, MemoryError) as error:
             from hap.harness import ranks
@@ -37,26 +39,45 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
 
             memory = isinstance(error, MemoryError) or memory_ran_out(error)
             if not memory and not ranks.lost(error):
+                _fell(error)
                 raise
             what = "memory ran out" if memory else f"rank {os.environ.get('RANK')}: another rank ended"
             typer.echo(f"hap: {what} ({' '.join(str(error).split()):.120}); {KEPT}", err=True)
+            _leave(2)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo(f"\nhap: interrupted; {KEPT}", err=True)
+            _leave(130)
             raise typer.Exit(130) from None
+        except Exception as error:
+            _fell(error)
+            raise
 
     return telling
 
 
 def _complain(error: HapError) -> None:
-    if os.environ.get("RANK"):  # of several processes, one says it
+    line: str | None = str(error)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # of several processes, one says it
         from hap.harness import ranks
 
         line = ranks.line(error)
-    else:
-        line = str(error)
     if line is not None:
         typer.echo(f"hap: {line}", err=True)
+
+
+def _fell(error: Exception) -> None:
+    """A defect on one of several ranks, told before the rank leaves the others."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not isinstance(error, typer.Exit):
+        traceback.print_exception(error)
+        _leave(1)
+
+
+def _leave(code: int) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from hap.harness import ranks
+
+        ranks.leave(code)
 
 
 def paths(names: Iterable[str]) -> list[Path]:

@@ -139,7 +139,7 @@ class _Trainer:
         for line in keeper.told:
             self.say(Event(f"warning: {line}"))
         if point is None:
-            keeper.clear()
+            ranks.shared(keeper.clear)
             return []
         self._restore(point)
         self.rows, self.step.micro_batch = list(point.rows), point.micro_batch

@@ -8,6 +8,7 @@ from fakes import write_spec
 
 from hap import HapError
 from hap.harness import fanout
+from hap.harness.recipe import Recipe
 from hap.harness.spec import load_spec
 
 submitit = pytest.importorskip("submitit", reason="submitit is not installed: no jobs can be sent")
@@ -30,7 +31,7 @@ def records(folder, cases=("hap",)):
 
 def shell(text):
     """A job that runs a line of shell in place of hap."""
-    return lambda record, given, again: fanout.Job(("sh", "-c", text.format(seed=record.seed)), str(Path.cwd()))
+    return lambda record, *rest: fanout.Job(("sh", "-c", text.format(seed=record.seed)), str(Path.cwd()), rest[-1])
 
 
 @pytest.mark.parametrize(
@@ -69,19 +70,79 @@ def test_a_machine_without_slurm_says_so(cluster):
 
 def test_the_command_of_a_job_is_that_of_one_record(cluster):
     (record, *_) = records(cluster)
-    command = fanout._job(record, {}, again=True).command
+    command = fanout._job(record, {}, True, None).command
     assert command[1:] == (
         *("-m", "hap", "record", str(record.spec), "hap", "0", "--results", str(record.results), "--again"),
     )
-    several = fanout._job(record, {"ranks": 8}, again=False).command
+    several = fanout._job(record, {"ranks": 8}, False, None).command
     assert several[1:6] == ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8")
     assert several[6:9] == ("-m", "hap", "record")
 
 
-def test_one_record_of_each_trained_model_comes_first(cluster):
-    first, rest = fanout._waves(records(cluster, ("hap", "random")))
-    assert [(r.case.name, r.seed) for r in first] == [("hap", 0), ("hap", 1), ("hap", 2)]
-    assert [(r.case.name, r.seed) for r in rest] == [("random", 0), ("random", 1), ("random", 2)]
+def test_of_records_that_need_one_trained_model_one_comes_first_and_the_shortest(cluster, monkeypatch):
+    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, say=None: None)  # as a task that trains is told of it
+    chains = fanout._chains(records(cluster, ("hap", "random")))
+    assert [[(r.case.name, r.seed) for r in chain] for chain in chains] == [
+        [("hap", 0), ("random", 0)],
+        [("hap", 1), ("random", 1)],
+        [("hap", 2), ("random", 2)],
+    ]
+    long, short = records(cluster, ("hap", "random"))[::3]
+    long = long._replace(case=long.case.model_copy(update={"finetune": Recipe(epochs=90, lr=0.1)}))
+    assert [record.case.name for record in fanout._chains([long, short])[0]] == ["random", "hap"]
+
+
+def test_a_model_that_is_not_trained_keeps_no_record_waiting(cluster):
+    assert [len(chain) for chain in fanout._chains(records(cluster, ("hap", "random")))] == [1] * 6
+
+
+def test_the_others_go_when_their_first_has_ended(cluster, monkeypatch):
+    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, say=None: None)
+    line = "test -e made{seed} && touch after{seed}; touch made{seed}"
+    monkeypatch.setattr(fanout, "_job", shell(line))
+    fanout.fan_out(records(cluster, ("hap", "random")), fanout.options(["cluster=local,jobs=6"]), False, print)
+    assert len(list(cluster.glob("after*"))) == 3
+
+
+def test_on_one_machine_each_job_has_gpus_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert fanout._slots({"cluster": "local", "jobs": 3}, 9) == ["0", "1", "2"]
+    assert fanout._slots({"cluster": "local", "jobs": 2, "ranks": 2}, 9) == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert fanout._slots({"cluster": "local", "jobs": 2, "gpus": 1}, 9) == ["5", "7"]
+    with pytest.raises(HapError, match="3 jobs of 1 GPUs expected to fit, found 2 GPUs here"):
+        fanout._slots({"cluster": "local", "jobs": 3}, 9)
+    assert fanout._slots({"cluster": "slurm"}, 3) == [None] * 3
+
+
+def test_the_devices_of_a_job_are_what_its_command_sees(cluster):
+    job = fanout.Job(("sh", "-c", 'test "$CUDA_VISIBLE_DEVICES" = 5,7'), str(cluster), "5,7")
+    assert job() == 0
+
+
+def test_nothing_to_make_needs_no_cluster(cluster):
+    fanout.fan_out([], fanout.options(["partition=gpu"]), False, print)
+
+
+def test_a_cluster_that_refuses_a_job_is_one_line_and_the_others_run(cluster, monkeypatch):
+    class Executor:
+        def __init__(self, real):
+            self.real, self.count = real, 0
+
+        def submit(self, job):
+            self.count += 1
+            if self.count == 1:
+                raise submitit.core.utils.FailedJobError("sbatch: error: invalid partition")
+            return self.real.submit(job)
+
+    real = fanout._executor
+    monkeypatch.setattr(fanout, "_executor", lambda given: Executor(real(given)))
+    monkeypatch.setattr(fanout, "_job", shell("touch made{seed}"))
+    with pytest.raises(HapError, match=r"1 of 3 records were not made: table: hap seed 0 .*invalid partition"):
+        fanout.fan_out(records(cluster), fanout.options(["cluster=local,jobs=3"]), False, print)
+    assert len(list(cluster.glob("made*"))) == 2
 
 
 def test_jobs_run_and_are_told_of(cluster, monkeypatch):
@@ -125,7 +186,7 @@ def test_a_job_that_was_preempted_continues(cluster, monkeypatch):
     monkeypatch.setattr(fanout, "_job", shell(line))
     (record, *_) = records(cluster)
     executor = fanout._executor(fanout.options(["cluster=local"]))
-    job = executor.submit(fanout._job(record, {}, again=False))
+    job = executor.submit(fanout._job(record, {}, False, None))
     deadline = time.monotonic() + 60
     while not (cluster / "begun").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -242,12 +242,21 @@ def test_results_that_cannot_be_written_are_found_before_anything_is_trained(tmp
 
 
 @pytest.mark.parametrize(
-    ("env", "rank", "said"),
-    [({}, None, "wrong"), ({"RANK": "0"}, 0, "wrong"), ({"RANK": "1"}, 0, None), ({"RANK": "1"}, 1, "rank 1: wrong")],
+    ("own", "local", "rank", "said"),
+    [
+        (None, None, None, "wrong"),
+        ("0", "0", 0, "wrong"),
+        ("1", "1", 0, None),
+        ("1", "1", 1, "rank 1: wrong"),
+        ("9", "1", None, None),  # before ranks join, one of each machine says it
+        ("8", "0", None, "rank 8: wrong"),
+    ],
 )
-def test_of_several_ranks_one_says_what_is_wrong(env, rank, said, monkeypatch):
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
+def test_of_several_ranks_one_says_what_is_wrong(own, local, rank, said, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if own is not None:
+        for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": own, "LOCAL_RANK": local}.items():
+            monkeypatch.setenv(name, value)
     error = HapError("wrong")
     if rank is not None:
         error.__dict__["rank"] = rank
@@ -272,8 +281,10 @@ def test_a_rank_without_a_gpu_of_its_own_is_one_line(monkeypatch):
     monkeypatch.delenv("HAP_DEVICE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(HapError, match="rank 3: a GPU for each rank expected, found 2"), ranks.joined():
+    monkeypatch.setenv("RANK", "11")
+    with pytest.raises(HapError, match="a GPU for each rank of a machine expected, found 2") as raised, ranks.joined():
         pass
+    assert ranks.line(raised.value) == "rank 11: a GPU for each rank of a machine expected, found 2"
 
 
 @pytest.mark.parametrize(
@@ -287,3 +298,51 @@ def test_a_rank_without_a_gpu_of_its_own_is_one_line(monkeypatch):
 )
 def test_a_lost_rank_is_told_from_a_defect(error, lost):
     assert ranks.lost(error) == lost
+
+
+PROGRAM = """
+import os, sys
+from hap import HapError
+from hap.harness import ranks
+from hap.harness.terminal import told
+
+@told
+def command():
+    with ranks.joined():
+        ranks.gathered(1)
+        if ranks.rank() == 1:
+            {what}
+        ranks.gathered(2)
+
+command()
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("raise HapError('its data is not here')", "hap: rank 1: its data is not here"),
+        ("raise KeyError('a defect')", "KeyError: 'a defect'"),
+        ("raise MemoryError('all of it')", "hap: memory ran out (all of it)"),
+        ("os._exit(7)", "hap: rank 0: another rank ended ("),
+    ],
+)
+def test_what_happens_on_one_rank_is_told_and_ends_the_job(what, line, tmp_path):
+    """The other waits in a collective, and must neither hang nor drown the line in a traceback of its own."""
+    (tmp_path / "program.py").write_text(PROGRAM.replace("{what}", what))
+    job = launched(2, tmp_path / "program.py", cwd=tmp_path)
+    start = time.monotonic()
+    said = ended(job, seconds=90)
+    assert time.monotonic() - start < 60
+    assert job.returncode != 0
+    assert line in said
+    assert "gloo/transport" not in said or "another rank ended" in said
+
+
+def test_ranks_with_other_data_are_refused(tmp_path):
+    program = "from hap.harness import ranks\nfrom hap.harness.terminal import told\n@told\ndef command():\n"
+    program += "    with ranks.joined():\n        ranks.agreed('noise: the data', str(ranks.rank()))\ncommand()\n"
+    (tmp_path / "program.py").write_text(program)
+    job = launched(2, tmp_path / "program.py", cwd=tmp_path)
+    assert "noise: the data: must be the same on every rank, found" in ended(job, seconds=90)
+    assert job.returncode != 0

@@ -106,17 +106,17 @@ def measure(
 ) -> dict[str, float]:
     """Accuracy in percent and mean cross-entropy in nats; of two classes F1 and Matthews' correlation too.
 
-    Ranks share the work; each needs a sample.
+    Ranks share the work.
     """
     model.eval()
     order = tokens.lengths.argsort(stable=True)[ranks.slices(len(tokens.lengths))]
-    logits, labels = [], []
+    logits, labels = list[Tensor](), list[Tensor]()
     for part in torch.split(order, batch_size):
         inputs, targets = tokens.batch(part, pad)
         logits.append(call(model, inputs).float())
         labels.append(targets)
-    parts = ranks.gathered((torch.cat(logits).cpu(), torch.cat(labels).cpu()))
-    found, wanted = (torch.cat(each) for each in zip(*parts, strict=True))
+    parts = ranks.gathered([(one.cpu(), other.cpu()) for one, other in zip(logits, labels, strict=True)])
+    found, wanted = (torch.cat(each) for each in zip(*(pair for part in parts for pair in part), strict=True))
     loss = float(F.cross_entropy(found.double(), wanted))
     return {**scores(found.argmax(1), wanted, found.shape[1]), "loss": loss}
 
