@@ -25,7 +25,7 @@ def hold(file, ready, done):
     """Another process that makes a record."""
     with files.locked(file):
         ready.set()
-        done.wait(60)
+        done.wait(300)
 
 
 def held(file):
@@ -33,7 +33,7 @@ def held(file):
     ready, done = context.Event(), context.Event()
     other = context.Process(target=hold, args=(file, ready, done))
     other.start()
-    assert ready.wait(60)
+    assert ready.wait(300)
     return other, done
 
 
