@@ -224,7 +224,8 @@ def test_a_table_of_no_spec_is_found(folder):
 
 def test_a_spec_without_records_needs_no_table(tmp_path):
     write_spec(tmp_path)
-    report.summary(tmp_path / "reproductions", tmp_path / "results")
+    results = tmp_path / "results"
+    report.summary(report.entries(tmp_path / "reproductions", results), results)
     assert found(tmp_path) == []
 
 
