@@ -13,7 +13,6 @@ pytest; `--smoke`, and BENCH_SMOKE=1 with pytest, take few small images and hold
 """
 
 import ctypes
-import io
 import os
 import subprocess
 import sys
@@ -24,11 +23,10 @@ from pathlib import Path
 from statistics import median
 
 import command
-import numpy as np
 import pytest
 import torch
 from bench_tracing import resident, two_threads  # noqa: F401  # the fixture is for all tests here
-from PIL import Image
+from photographs import photographs
 from torchvision.models import resnet50
 
 from hap.cost import macs
@@ -38,7 +36,6 @@ from hap.harness.recipe import Recipe
 from hap.harness.stepping import Stepper, exactly, optimiser
 from hap.harness.tasks import Data, Task, imagenet
 from hap.harness.tasks.decoding import AHEAD, Pictures, View, stream
-from hap.harness.tasks.imagefolder import listed
 from hap.losses import CrossEntropy
 from hap.tally import merge
 
@@ -134,20 +131,6 @@ def peak(images, smoke):
     before = torch.cuda.memory_allocated() if CUDA else resident("VmRSS")
     curvature(model, batches)
     return (torch.cuda.max_memory_allocated() if CUDA else resident("VmHWM")) - before
-
-
-def photographs(root, count):
-    """JPEGs of 500x375, with detail enough to be as many bytes as those of ImageNet are on average, near 110 kB."""
-    rng, names = np.random.default_rng(0), ("n01", "n02")
-    for i in range(count):
-        coarse = rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)
-        image = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.BICUBIC)).astype(np.int16)
-        noisy = np.clip(image + rng.normal(0, 9, image.shape), 0, 255).astype(np.uint8)
-        file, stream_ = root / names[i % 2] / f"{i}.JPEG", io.BytesIO()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noisy).save(stream_, "JPEG", quality=90)
-        file.write_bytes(stream_.getvalue())
-    return listed(root, names)
 
 
 def decoding(smoke):

@@ -22,10 +22,11 @@ def against(spec, runs, stem: Path, size: str) -> list[Path]:
     claims = {stage: _claims(spec, runs, stage, size) for stage, _ in stages}
     panels = [_panel(spec, lines, stage, title, claims[stage], size) for stage, title in stages]
     caption = CLAIMED if any(claims.values()) else ""
-    if tuned and spec.reported:
-        places = [getattr(row, f"{size}_pruned") for row in spec.reported]
-        caption += PUBLISHED + (UNKNOWN if None in places else "")
-    return tradeoff.against(lines, size, panels, stem, caption)
+    published = [getattr(row, f"{size}_pruned") for row in spec.reported] if tuned else []
+    if published:
+        caption += PUBLISHED + (UNKNOWN if None in published else "")
+    others = tuple(100 - pruned for pruned in published if pruned is not None)
+    return tradeoff.against(lines, size, panels, stem, caption, others)
 
 
 def _panel(spec, lines, stage: str, title: str, claims, size: str) -> tradeoff.Panel:

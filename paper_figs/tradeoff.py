@@ -11,6 +11,7 @@ from statistics import fmean
 from paper_figs import style
 
 UNITS = {"params": "parameters", "macs": "MACs"}
+ALONE = 10.0  # percent between the sizes, below which they count as one
 CAPTION = f"{style.INTERVALS}\nMethods are set apart sideways for legibility."
 BEHIND = "\nGrey: the means of the methods of the other parts."
 
@@ -36,20 +37,34 @@ def methods(spec, runs) -> dict[str, list]:
     return found
 
 
-def against(lines: dict[str, list], size: str, panels: list[Panel], stem: Path, caption: str = "") -> list[Path]:
-    """The panels under each other, against the share of `size`, params or macs, that is left."""
+def against(
+    lines: dict[str, list],
+    size: str,
+    panels: list[Panel],
+    stem: Path,
+    caption: str = "",
+    others: tuple[float, ...] = (),
+) -> list[Path]:
+    """The panels under each other, against the share of `size`, params or macs, that is left.
+
+    `others` are the shares, in percent, at which the panels have marks of their own.
+    """
     parts = style.groups(list(lines))
-    left = [_left(point, size) for points in lines.values() for point in points]
+    places = [_left(point, size) for points in lines.values() for point in points]
+    spread = max(*places, *others) - min(*places, *others)
     text = CAPTION + caption + (BEHIND if len(parts) > 1 else "")
     inches = sum(0.9 + 0.1 * text.count("\n") + 1.6 * len(panels) + 0.15 * ((len(part) + 1) // 2) for part in parts)
-    with style.parts(len(parts), len(panels), inches) as (made, places):
-        for (place, axes), part in zip(places, parts, strict=True):
+    with style.parts(len(parts), len(panels), inches) as (made, drawn):
+        for (place, axes), part in zip(drawn, parts, strict=True):
             for axis, panel in zip(axes, panels, strict=True):
-                _panel(axis, lines, part, panel, size)
-            alone = f"one budget: {fmean(left):.0f} % of the {UNITS[size]} left"
-            axes[-1].set_xlabel(alone if _alone(left) else f"{UNITS[size]} left (% of {_whole(lines, size)})")
+                _panel(axis, lines, part, panel, size, 0.7 if spread < ALONE else 0.014 * spread)
+                if spread < ALONE:  # then the axis says nothing, and the marks stand side by side
+                    axis.set_xlim(fmean(places) - ALONE / 2, fmean(places) + ALONE / 2)
+                    axis.set_xticks([])
+            alone = f"one budget: {fmean(places):.0f} % of the {UNITS[size]} left"
+            axes[-1].set_xlabel(alone if spread < ALONE else f"{UNITS[size]} left (% of {_whole(lines, size)})")
             style.legend(place, axes[0], text)
-        _level([axes for _, axes in places], panels)
+        _level([axes for _, axes in drawn], panels)
         return style.save(made, stem)
 
 
@@ -58,10 +73,9 @@ def left(run, size: str) -> float:
     return 100 * run.cost["pruned"][size] / run.cost["dense"][size]
 
 
-def _panel(axis, lines, part: list[str], panel: Panel, size: str) -> None:
+def _panel(axis, lines, part: list[str], panel: Panel, size: str, step: float) -> None:
+    """Lines of the methods of a part, `step` percent beside each other."""
     panel.extra(axis)
-    places = [_left(point, size) for points in lines.values() for point in points]
-    step = 0.7 if _alone(places) else 0.014 * (max(places) - min(places))
     for method, points in lines.items():
         if method not in part:
             _behind(axis, sorted(points, key=lambda point: _left(point, size)), panel, size)
@@ -71,9 +85,6 @@ def _panel(axis, lines, part: list[str], panel: Panel, size: str) -> None:
         style.line(axis, method, sorted(values), number)
     axis.set_title(panel.title, loc="left")
     axis.set_ylabel(panel.label)
-    if _alone(places):  # then the axis says nothing, and the marks stand side by side
-        axis.set_xlim(fmean(places) - 5, fmean(places) + 5)
-        axis.set_xticks([])
 
 
 def _behind(axis, points: list, panel: Panel, size: str) -> None:
@@ -94,10 +105,6 @@ def _level(parts: list, panels: list[Panel]) -> None:
 
 def _left(point: list, size: str) -> float:
     return fmean(left(run, size) for run in point)
-
-
-def _alone(places: list[float]) -> bool:
-    return max(places) - min(places) < 10
 
 
 def _whole(lines, size: str) -> str:

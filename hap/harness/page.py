@@ -33,6 +33,7 @@ def write(entries: Sequence[Entry], results: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    jinja.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
     missing = plots.missing()
     specs = [_spec(entry, bool(missing)) for entry in entries]
     drawn = any(spec["plots"] for spec in specs)
@@ -114,8 +115,8 @@ def _layers(cases: list[str], plans: Sequence[fates.Rows]) -> dict[str, Any]:
     for place, (module, low, high) in enumerate(zip(plans[0], dropped, implants, strict=True)):
         told = f"{module}: {low:.0f} % dropped" + (f", {high:.0f} % implants" if high else "")
         down, up = HEIGHT * low / 100, HEIGHT * high / 100
-        edges = {"x": place * LAYER, "down": f"{down:.4g}", "up": f"{up:.4g}", "top": f"{HEIGHT - down:.4g}"}
-        bars.append({"told": told, **edges, "over": f"{HEIGHT - down - up:.4g}"})
+        edges = {"x": place * LAYER, "down": f"{down:.3g}", "up": f"{up:.3g}", "top": f"{HEIGHT - down:.3g}"}
+        bars.append({"told": told, **edges, "over": f"{HEIGHT - down - up:.3g}"})
     told = ", ".join(f"{share:.0f} % {name}" for letter, name in FATES if (share := fates.whole(plans, letter)))
     size = {"width": LAYER * len(bars), "height": HEIGHT}
     return {"cases": cases, "told": told or "all rows kept", "bars": bars, "cells": [], **size}
@@ -125,7 +126,7 @@ def _heads(cases: list[str], plans: Sequence[fates.Rows], size: int) -> dict[str
     """A cell a head of each layer, the fuller the more seeds keep it."""
     kept = fates.heads(plans, size)
     cells = [
-        {"x": CELL * place, "y": CELL * layer, "kept": f"{share:.3g}", "told": _head(layer, place, share, len(plans))}
+        {"x": CELL * place, "y": CELL * layer, "kept": f"{share:.2g}", "told": _head(layer, place, share, len(plans))}
         for layer, shares in enumerate(kept)
         for place, share in enumerate(shares)
     ]
@@ -142,7 +143,7 @@ def _heads(cases: list[str], plans: Sequence[fates.Rows], size: int) -> dict[str
 
 
 def _head(layer: int, place: int, share: float, count: int) -> str:
-    return f"layer {layer + 1}, head {place + 1}: kept in {share * count:.2g} of {count} seeds"
+    return f"layer {layer + 1}, head {place + 1}: {share * count:.2g} of {count} seeds"
 
 
 def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:

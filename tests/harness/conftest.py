@@ -3,6 +3,9 @@ from pathlib import Path
 
 import pytest
 from encoders import DEV, HEADS, SPECIAL, TRAIN, WORDS, rows, saved
+from fakes import fake_run, with_accuracy, write_spec
+
+from hap.harness.spec import load_spec
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -14,6 +17,18 @@ def forgetful() -> Iterator[None]:
 
     yield
     scoring._KNOWN.clear()
+
+
+@pytest.fixture
+def spec(tmp_path):
+    return load_spec(write_spec(tmp_path))
+
+
+@pytest.fixture
+def runs(spec):
+    """Three seeds of hap, one of random."""
+    hap = [with_accuracy(fake_run(spec.cases["hap"], seed), "selected", 93.0 + seed) for seed in spec.seeds]
+    return {"hap": hap, "random": [fake_run(spec.cases["random"], 0)]}
 
 
 @pytest.fixture(scope="session")

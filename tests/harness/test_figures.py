@@ -13,18 +13,6 @@ from hap.harness.spec import load_spec
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def spec(tmp_path):
-    return load_spec(write_spec(tmp_path))
-
-
-@pytest.fixture
-def runs(spec):
-    """Three seeds of hap, one of random."""
-    hap = [with_accuracy(fake_run(spec.cases["hap"], seed), "selected", 93.0 + seed) for seed in spec.seeds]
-    return {"hap": hap, "random": [fake_run(spec.cases["random"], 0)]}
-
-
 def test_no_figure_without_records_or_without_scripts(spec, runs, tmp_path):
     assert report.figures(spec, {}, tmp_path, ROOT) == []
     assert report.figures(spec, runs, tmp_path, tmp_path) == []
@@ -80,6 +68,25 @@ def test_one_budget_without_fine_tuning_is_one_panel(tmp_path, monkeypatch):
     runs = {name: [fake_run(case, 0)] for name, case in spec.cases.items()}
     (axis,) = panels(monkeypatch, spec, runs, tmp_path)
     assert axis.get_xlabel() == "one budget: 28 % of the parameters left"
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize("size", ["params", "macs"])
+def test_what_others_published_of_another_budget_lies_within_the_panel(tmp_path, size):
+    from paper_figs import accuracy, style
+
+    spec = load_spec(write_spec(tmp_path, SPEC + REPORTED))
+    runs = {name: [fake_run(case, 0)] for name, case in spec.cases.items()}
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "save", lambda made, stem: drawn.append(made) or [])
+        accuracy.against(spec, runs, tmp_path / "figure", size)
+    tuned = drawn[0].axes[1]
+    low, high = tuned.get_xlim()
+    assert low < stars(tuned)[0].get_xdata()[0] < high
+    assert low < tuned.containers[0].lines[0].get_xdata()[0] < high
+    assert tuned.get_xlabel().startswith({"params": "parameters", "macs": "MACs"}[size] + " left (% of ")
+    assert accuracy.against(spec, runs, tmp_path / "figure", size)  # laid out without a warning
 
 
 @pytest.mark.usefixtures("importable")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from fakes import REPORTED, SPEC, fake_run, with_accuracy, write_spec
+from fakes import REPORTED, SPEC, fake_run, write_spec
 from records import headed, ranked
 
 from hap.harness import report, store, summary
@@ -16,18 +16,6 @@ from hap.harness.tables import frame, tables
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-
-
-@pytest.fixture
-def spec(tmp_path):
-    return load_spec(write_spec(tmp_path))
-
-
-@pytest.fixture
-def runs(spec):
-    """Three seeds of hap, one of random."""
-    hap = [with_accuracy(fake_run(spec.cases["hap"], seed), "selected", 93.0 + seed) for seed in spec.seeds]
-    return {"hap": hap, "random": [fake_run(spec.cases["random"], 0)]}
 
 
 @pytest.fixture
