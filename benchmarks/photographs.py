@@ -9,12 +9,12 @@ from hap.harness.tasks.imagefolder import listed
 
 
 def photographs(root, count):
-    """JPEGs of 500x375, with detail enough to be as many bytes as those of ImageNet are on average, near 110 kB."""
+    """JPEGs of 500x375, with detail enough to be nearly as many bytes as those of ImageNet, 110 kB on average."""
     rng, names = np.random.default_rng(0), ("n01", "n02")
     for i in range(count):
         coarse = rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)
         image = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.BICUBIC)).astype(np.int16)
-        noisy = np.clip(image + rng.normal(0, 9, image.shape), 0, 255).astype(np.uint8)
+        noisy = np.clip(image + rng.normal(0, 14, image.shape), 0, 255).astype(np.uint8)
         file, stream_ = root / names[i % 2] / f"{i}.JPEG", io.BytesIO()
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noisy).save(stream_, "JPEG", quality=90)

@@ -16,7 +16,7 @@ from hap.harness.files import atomic_write
 from hap.harness.judge import describe
 from hap.harness.run import Run
 from hap.harness.spec import Spec
-from hap.harness.summary import Entry, observed, outcomes, remark, seeds
+from hap.harness.summary import Entry, commit, commits, observed, outcomes, remark, seeds
 from hap.harness.tables import METRICS, body, frame, head, notes, source
 
 HERE = Path(__file__).parent
@@ -66,6 +66,7 @@ def _spec(entry: Entry, bare: bool) -> dict[str, Any]:
         "records": len(every),
         "metric": METRICS[spec.metric],
         "wanted": len(spec.cases) * len(spec.seeds),
+        "commits": commits(entry),
         "head": head(spec),
         "rows": list(body(spec, table)),
         "notes": [note.replace("*", "") for note in notes(spec, runs)],
@@ -158,12 +159,11 @@ def _environment(run: Run) -> tuple[tuple[str, str], ...]:
     device = [str(where[name]) for name in ("device", "cpu") if where.get(name)]
     threads = [f"{where['threads']} threads"] if where.get("threads") else []
     versions = [f"{name} {where[name]}" for name in ("python", "torch") if where.get(name)]
-    commit = str(code.get("commit") or "unknown")[:10] + (" with changes" if code.get("dirty") else "")
     return (
         ("data", f"{source(run.data)}, sha256 {run.data['sha256'][:16]}"),
         ("device", ", ".join([*device, *threads]) or "unknown"),
         ("versions", ", ".join([*versions, *([packages] if packages else [])])),
         ("platform", str(where.get("platform", "unknown"))),
-        ("commit", commit),
+        ("commit", commit(run)),
         ("code", str(code.get("sha256", ""))[:10]),
     )

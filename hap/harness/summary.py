@@ -14,7 +14,10 @@ from hap.harness.spec import Spec
 INTRODUCTION = """\
 Judged from the records in this folder, and from nothing else. `nox -s judge` judges them again, in seconds;
 `nox -s reproduce -- NAME` makes the records of a spec; `nox -s figures` writes this file and [index.html](index.html),
-which has the same verdicts with plots."""
+which has the same verdicts with plots.
+
+These are the verdicts of the evidence as it was made. Each section names the commits that made it; whether code that
+decides its numbers has changed since, git knows and a file cannot: `nox -s judge` calls such evidence STALE."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,20 @@ def summary(entries: Sequence[Entry], results: Path) -> Path:
 def outcomes(entries: Sequence[Entry]) -> list[str]:
     """The outcomes that there are or may be, in the order of the judge."""
     found = [str(verdict.outcome) for entry in entries for verdict in entry.verdicts]
-    return list(dict.fromkeys([*map(str, Outcome), *found]))
+    always = [str(outcome) for outcome in Outcome if outcome is not Outcome.STALE]  # no page can tell (INTRODUCTION)
+    return list(dict.fromkeys([*always, *found]))
+
+
+def commits(entry: Entry) -> str:
+    """Which commits made the records, the latest record's first, with their number; nothing without records."""
+    runs = sorted((run for each in entry.runs.values() for run in each), key=lambda run: run.created, reverse=True)
+    made = Counter(map(commit, runs))
+    return ", ".join(f"{count} at {place}" for place, count in made.items())
+
+
+def commit(run: Run) -> str:
+    """That of a record, in short, and whether there were changes on top of it."""
+    return str(run.code.get("commit") or "unknown")[:10] + (" with changes" if run.code.get("dirty") else "")
 
 
 def observed(verdict: Verdict) -> str:
@@ -79,7 +95,8 @@ def _section(entry: Entry) -> str:
         return f"## {plain(entry.title)}\n\nNot judged. {plain(entry.mistake)}"
     head = ["", "verdict", "claim", "claimed", "observed", "seeds", "remark"]
     table = markdown(head, ([str(number), *_cells(each)] for number, each in enumerate(entry.verdicts, start=1)))
-    about = f"Spec `{entry.name}`, {plain(entry.spec.paper)}."
+    made = f" Records: {told}." if (told := commits(entry)) else ""
+    about = f"Spec `{entry.name}`, {plain(entry.spec.paper)}.{made}"
     parts = [f"## {plain(entry.title)}", about, table, _sources(entry.verdicts)]
     return "\n\n".join(part for part in parts if part)
 

@@ -10,7 +10,7 @@ import pytest
 from fakes import REPORTED, SPEC, fake_run, write_spec
 from records import headed, ranked
 
-from hap.harness import report, store, summary
+from hap.harness import page, report, store, summary
 from hap.harness.spec import load_spec
 from hap.harness.tables import frame, tables
 
@@ -113,7 +113,23 @@ def test_verdicts_tell_claim_source_observation_and_seeds(tmp_path, saved):
     ) in text
     assert "\n- Source of claim 1: [Yu22] abstract\n- Source of claim 2: the suite\n" in text
     assert "| [A made-up table](#a-made-up-table) | 1 |  |  | 1 |" in text
-    assert "| all | **1** | **0** | **0** | **1** |" in text
+    assert "| all | **1** | **0** | **0** | **1** |\n" in text
+
+
+def test_the_pages_name_the_commits_of_the_records_and_judge_no_code(tmp_path, runs):
+    older, *others = runs["hap"]
+    older = replace(older, code={**older.code, "commit": "0123456789abcdef"}, created="2020-01-01T00:00:00")
+    changed = replace(runs["random"][0], code={"commit": None, "dirty": True, "sha256": "0" * 64})
+    for run in (older, *others, changed):
+        store.save(run, tmp_path / "results")
+    (entry,) = report.entries(tmp_path / "reproductions", tmp_path / "results")
+    told = "2 at abc, 1 at unknown with changes, 1 at 0123456789"
+    assert sorted(summary.commits(entry).split(", ")) == sorted(told.split(", "))
+    assert summary.commits(entry).endswith("1 at 0123456789")  # the latest come first
+    text = summary.summary([entry], tmp_path / "results").read_text()
+    assert f" Records: {summary.commits(entry)}." in text
+    assert "| spec | HOLDS | FAILS | UNDECIDED | ABSENT |" in text
+    assert f"4 of 6 records, {summary.commits(entry)}." in page.write([entry], tmp_path / "results").read_text()
 
 
 def test_text_of_a_spec_cannot_break_the_page(tmp_path):
