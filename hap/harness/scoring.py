@@ -8,7 +8,7 @@ import inspect
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -93,10 +93,8 @@ class Scoring:
         function, start = ref.load(), time.perf_counter()
         offered = {"pruned": pruned, "halves": halves.append, "merge": _merged}
         given = {name: each for name, each in offered.items() if name in inspect.signature(function).parameters}
-        if "merge" in given and ranks.world() > 1:
-            # each rank measures its share of the batches, with random draws of its own
-            batches = ranks.share(batches)
-            rng = rng if ranks.rank() == 0 else generator(rng.initial_seed(), f"rank {ranks.rank()}")
+        if "merge" in given:  # then each rank measures its share of the batches
+            batches = Share(batches, rng)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             scores = function(model, loss, batches, groups, rng=rng, **given, **ref.options)
@@ -124,6 +122,39 @@ class Scoring:
             "negative": float((scores < 0).sum()),
             "groups": float(len(groups)),
         }
+
+
+class Share(Sequence[Any]):
+    """This rank's share of batches, for each of which the generator begins anew.
+
+    What is drawn for a batch hangs on its place among all and on how often they were gone through, so that any number
+    of ranks draws the same; but where a batch is shared out by its samples, there each rank draws for its own.
+    """
+
+    def __init__(self, batches: Sequence[Any], rng: torch.Generator) -> None:
+        """Of batches that all ranks have; `rng` is the one that they are measured with."""
+        parted = len(batches) < ranks.world()
+        self.batches = ranks.share(batches)
+        self.first, self.step = (0, 1) if parted else (ranks.rank(), ranks.world())
+        self.drawer = f" rank {ranks.rank()}" if parted else ""
+        self.rng, self.seed, self.times = rng, rng.initial_seed(), 0
+
+    def __len__(self) -> int:
+        """The number of this rank's."""
+        return len(self.batches)
+
+    def __getitem__(self, place: Any) -> Any:
+        """One of this rank's, to look at."""
+        return self.batches[place]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Goes through them; the generator is begun anew before each."""
+        self.times += 1
+        time = self.times
+        for number, batch in enumerate(self.batches):
+            place = self.first + self.step * number
+            self.rng.manual_seed(generator(self.seed, f"time {time} batch {place}{self.drawer}").initial_seed())
+            yield batch
 
 
 def _merged(found: Curvature) -> Curvature:

@@ -12,7 +12,9 @@ import torch
 
 from hap import HapError
 from hap.harness import ranks, store
+from hap.harness.scoring import Share
 from hap.harness.spec import load_spec
+from hap.harness.training import generator
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -94,17 +96,35 @@ def test_two_ranks_are_two(one, two):
     assert one["params"] == two["params"]
 
 
-@pytest.mark.parametrize("what", ["exact", "one batch", "plain net", "weighted"])
+@pytest.mark.parametrize("what", ["exact", "one batch", "plain net", "weighted", "drawn", "probes"])
 def test_the_curvature_of_two_ranks_is_that_of_one(one, two, what):
-    """Five batches, three for a rank and two for the other; of one batch, each has its samples."""
+    """Five batches, three for a rank and two for the other; of one batch, each has its samples. Draws are the same."""
     assert max(one[what]) > 0
     assert two[what] == pytest.approx(one[what], rel=2e-5)
 
 
-def test_probes_on_two_ranks_are_drawn_anew_and_near(one, two):
+def test_what_is_drawn_for_a_batch_hangs_on_its_place_and_the_round_alone(monkeypatch):
+    def drawn(rank, world):
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        monkeypatch.setattr(ranks, "world", lambda: world)
+        rng = generator(3, "score")
+        mine = Share([(torch.full((2, 1), float(n)), torch.zeros(2)) for n in range(5)], rng)
+        rounds = [[(float(x[0]), float(torch.rand(rank + 1, generator=rng)[0])) for x, _ in mine] for _ in range(2)]
+        assert len(mine) == len(rounds[0])
+        return rounds
+
+    whole = drawn(0, 1)
+    assert len({value for each in whole for _, value in each}) == 10
+    for world in (2, 3, 5):
+        for number in (0, 1):
+            parts = [each for rank in range(world) for each in drawn(rank, world)[number]]
+            assert sorted(parts) == sorted(whole[number])
+
+
+def test_probes_of_a_batch_that_ranks_share_are_drawn_by_each_and_near(one, two):
     """They cannot be equal, and must not: each rank draws its own."""
-    assert two["probes"] != one["probes"]
-    found, exact = torch.tensor(two["probes"]), torch.tensor(one["exact"])
+    assert two["probes of one batch"] != one["probes of one batch"]
+    found, exact = torch.tensor(two["probes of one batch"]), torch.tensor(one["one batch"])
     assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.9
 
 
@@ -193,6 +213,46 @@ def test_it_is_the_run_of_one_rank_but_for_rounding(project, tmp_path, monkeypat
     assert two["cost"]["pruned"]["params"] == pytest.approx(one.cost["pruned"]["params"], rel=0.1)
     assert two["metrics"]["dense"]["accuracy"] == pytest.approx(one.metrics["dense"]["accuracy"], abs=2)
     assert two["metrics"]["selected"]["accuracy"] == pytest.approx(one.metrics["selected"]["accuracy"], abs=4)
+
+
+IMAGENET = """
+title = "ResNet50 on a few pictures"
+paper = "none: a test"
+tier = "quick"
+seeds = [0]
+task = {use = "hap.harness.tasks.imagenet_resnet50:task", smoke = true, batch = 3}
+
+[finetune]
+epochs = 1
+lr = 1e-5
+batch_size = 8
+ema = 0.5
+label_smoothing = 0.1
+
+[cases.hap]
+score = {use = "hap.methods:hessian_trace", columns = 1}
+budget = {params = 0.5}
+"""
+
+
+def test_resnet50_on_folders_of_pictures_is_shared_by_two_ranks(imagenets, tmp_path):
+    """Decoding, curvature over 1,000 classes, training and evaluation; the last batch of the calibration has two."""
+    (tmp_path / "reproductions").mkdir()
+    (tmp_path / "reproductions" / "small.toml").write_text(IMAGENET)
+    found = []
+    for count in (1, 2):
+        place = {"HAP_DATA": imagenets, "HAP_IMAGENET": imagenets / "imagenet", "HAP_CACHE": tmp_path / str(count)}
+        command = ["-m", "hap", "run", "small", "--results", tmp_path / f"results-{count}"]
+        job = launched(count, *command, cwd=tmp_path, TORCH_HOME=tmp_path, HAP_WORKERS=1, **place)
+        said = ended(job)
+        assert job.returncode == 0, said
+        found.append(record(tmp_path, f"results-{count}"))
+    one, two = found
+    assert two["environment"]["ranks"] == 2
+    assert two["data"] == one["data"]
+    assert two["plan"] == one["plan"]
+    for stage, rel in (("dense", 1e-5), ("one_shot", 1e-4), ("selected", 1e-2)):
+        assert two["metrics"][stage] == pytest.approx(one["metrics"][stage], rel=rel), stage
 
 
 def processes(job):

@@ -17,6 +17,7 @@ from hap.cost import params
 from hap.groups import couple
 from hap.harness import ranks
 from hap.harness.batchnorm import recalibrate
+from hap.harness.scoring import Share
 from hap.harness.tasks import Data, Task
 from hap.harness.tasks.data import Images, Normalise, calibration, epoch, measure
 from hap.harness.training import Recipe, fit, generator, snapshot
@@ -96,7 +97,8 @@ def whole(found: Curvature) -> Curvature:
 def scores(made: Task, **options: object) -> list[float]:
     """The relative Hessian trace of the channels, each rank measuring its share."""
     groups = couple(made.model, trace(made.model, made.example), "union")
-    batches, rng = ranks.share(made.batches), generator(ranks.rank(), "score")
+    rng = generator(0, "score")
+    batches = Share(made.batches, rng)
     return hessian_trace(made.model, made.loss, batches, groups, rng=rng, merge=whole, **options).tolist()
 
 
@@ -124,7 +126,9 @@ def measured(folder: Path) -> dict:
         "one batch": scores(replace(made, batches=made.batches[:1])),
         "plain net": scores(task(net(batchnorm=False))),
         "weighted": scores(task(weight=weights)),
+        "drawn": scores(made, columns=1),
         "probes": scores(made, curvature="hutchinson", probes=200),
+        "probes of one batch": scores(replace(made, batches=made.batches[:1]), curvature="hutchinson", probes=200),
         "evaluate": made.evaluate(made.model, "test"),
         "recalibrated": recalibrated.evaluate(recalibrated.model, "test"),
         "trained": {name: trained(recipe, batchnorm="plain" not in name[1:]) for name, recipe in RECIPES.items()},
