@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from hap import HapError
-from hap.harness import bill, cli, estimate
+from hap.harness import bill, cli, estimate, pricing
 from hap.harness.bill import Estimate, Price
 from hap.harness.cases import few
 from hap.harness.curve import INSTEAD
-from hap.harness.estimate import steps_of
+from hap.harness.pricing import steps_of
 from hap.harness.spec import load_spec
 from hap.harness.training import Recipe, generator, snapshot
 
@@ -43,17 +43,36 @@ def test_hours_are_shared_out_until_one_chain_is_all(devices, hours):
 
 
 def test_the_flops_of_a_training_are_those_of_its_steps():
-    """The oracle counts a whole epoch; a step is counted here once, and the ragged last one taken for a whole."""
+    """The oracle counts a whole epoch; here one step is counted, and the others taken for their share of samples."""
     task, recipe = together.task(), Recipe(epochs=2, lr=0.1, batch_size=16)
     found = steps_of(together.net(seed=1), task, recipe, generator(0))
     model = together.net(seed=1).train()
     with FlopCounterMode(display=False) as counter:
         for inputs, targets in task.train(16, generator(0)):
             task.loss(model, (inputs, targets)).backward()
-    epoch, whole = counter.get_total_flops(), -(-together.IMAGES // 16) * 16 / together.IMAGES
     assert found.steps == 2 * -(-together.IMAGES // 16)
-    assert found.flops == pytest.approx(2 * epoch * whole, rel=1e-6)
+    assert found.flops == pytest.approx(2 * counter.get_total_flops(), rel=1e-6)
     assert 0 < found.seconds < 60
+
+
+@pytest.mark.parametrize("small", [1.0, 1e12])
+def test_batches_of_a_calibration_count_by_what_is_in_them(small, monkeypatch):
+    """The first has 3 samples and the others 16, as short sentences may come before long ones."""
+    monkeypatch.setattr(pricing, "SMALL", small)
+    task = together.task()
+    task = replace(task, batches=list(task.batches)[::-1])
+    spec = load_spec(ROOT / "reproductions" / "digits.toml")
+    case = next(case for case in spec.cases.values() if "taylor" in str(case.score))
+    found, forward = pricing.score_of(case.score, task, case, 0), pricing.forward_of(task)
+    with FlopCounterMode(display=False) as counter:
+        for inputs, targets in task.batches:
+            task.loss(task.model, (inputs, targets)).backward()
+    assert found.flops == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for inputs, _ in task.batches:
+            task.model(inputs)
+    samples = sum(len(targets) for _, targets in task.batches)
+    assert forward.flops * samples == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_pricing_leaves_the_model_as_it_was():
@@ -66,9 +85,9 @@ def test_pricing_leaves_the_model_as_it_was():
 
 def test_a_heavy_batch_is_cut_on_a_cpu_and_a_light_one_is_not(monkeypatch):
     inputs, targets = together.task().batches[0]
-    assert estimate._cut(together.task(), inputs, targets)[2] == 1.0
-    monkeypatch.setattr(estimate, "SMALL", 1.0)
-    few_inputs, few_targets, share = estimate._cut(together.task(), inputs, targets)
+    assert pricing._cut(together.task(), inputs, targets)[2] == 1.0
+    monkeypatch.setattr(pricing, "SMALL", 1.0)
+    few_inputs, few_targets, share = pricing._cut(together.task(), inputs, targets)
     assert (len(few_inputs), len(few_targets), share) == (2, 2, 2 / len(targets))
 
 
@@ -113,7 +132,7 @@ def test_the_dense_training_is_that_of_the_task(digits):
 
 def test_trainings_happen_again_after_an_estimate():
     assert INSTEAD.get() is None
-    with estimate._instead():
+    with pricing.instead():
         assert INSTEAD.get() is not None
     assert INSTEAD.get() is None
 
