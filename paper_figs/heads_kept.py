@@ -32,7 +32,9 @@ def _heat(maps, stem: Path) -> list[Path]:
             axis.set_yticks(
                 range(layers), labels=[str(i + 1) if layers < 9 or i % 3 == 0 else "" for i in range(layers)]
             )
-            axis.set_xticks([])
+            many = len(shares[0])
+            ticks = [str(i + 1) if many < 7 or i % 3 == 0 else "" for i in range(many)] if axis is axes[-1] else []
+            axis.set_xticks(range(len(ticks)), labels=ticks)
             axis.grid(visible=False)
         axes[len(axes) // 2].set_ylabel("layer")
         axes[-1].set_xlabel("head")

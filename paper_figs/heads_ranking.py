@@ -27,7 +27,8 @@ def _ranking(ranked, stem: Path) -> list[Path]:
     with style.figure(1, 0.8 + 0.22 * len(ranked)) as (made, axes):
         for place, values in enumerate(ranked.values()):
             mean, bar = style.interval(values)
-            axes[0].errorbar(mean, -place, xerr=bar, color=style.PALETTE[0], marker="o", capsize=2, elinewidth=0.8)
+            ends = [[min(bar, 1 + mean)], [min(bar, 1 - mean)]]  # no correlation lies beyond
+            axes[0].errorbar(mean, -place, xerr=ends, color=style.PALETTE[0], marker="o", capsize=2, elinewidth=0.8)
         axes[0].set_yticks([-place for place in range(len(ranked))], labels=list(ranked))
         axes[0].set_xlabel("rank correlation with ablation;\nmean and 95 % interval over seeds")
         axes[0].axvline(0, color=style.GREY, linestyle=":", linewidth=0.8)

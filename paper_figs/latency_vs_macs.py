@@ -16,7 +16,7 @@ def draw(spec, runs, out_dir: Path) -> list[Path]:
     if not batches:
         return []
     panels = [_panel(every, batch) for batch in dict.fromkeys((batches[0], batches[-1]))]
-    caption = f"\n{style.machine(every)}"
+    caption = f"\n{style.machine(every)}\nTimed in each run, beside whatever else the machine did."
     return tradeoff.against(lines, "macs", panels, out_dir / f"{spec.name}-latency_vs_macs", caption)
 
 

@@ -179,7 +179,7 @@ def doctor_machine(results: Results = None) -> None:
     """What this machine can run, what is missing, how to get it, and which evidence is absent."""
     from hap.harness import doctor
 
-    for line in doctor.lines({path: results_of(path, results) for path in paths(["all"])}):
+    for line in doctor.lines({path: results_of(path, results) for path in sorted(FOLDER.glob("*.toml"))}):
         say(line)
 
 

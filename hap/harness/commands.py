@@ -32,7 +32,8 @@ def nightly(
 ) -> None:
     """Measure anew what this machine can, add it to a history, tell what got worse; exit code 1 if anything did.
 
-    One night at a time in a folder .hap: another waits. A night that was interrupted goes on where it was.
+    One night at a time in a folder .hap: another waits. A night that was interrupted goes on where it was, also on
+    another day, if the specs and the code are the same.
     """
     from hap.harness import history as past
     from hap.harness import nightly as measuring
@@ -46,13 +47,16 @@ def nightly(
         if not past.nights(lines):
             raise HapError(f"{file}: a history with a night is needed to judge it again, found none")
         return _watched(file, past.nights(lines)[-1], measuring.Made(), summary, junit)
+    chosen, given = _specs(specs, tier), None if night is None else measuring.checked(night)
+    with locked(file):
+        pass  # where it cannot be written, no hours are spent
     with locked(measuring.folder("nights")):
         made = measuring.Made()
         nights = past.nights(past.load(file))  # the one waited for may have added to it
-        name = night or measuring.name(nights)
-        if name in nights:
-            raise HapError(f"--night {name}: must be new, found it in {file}; --no-run judges the last night again")
-        _measure(name, _specs(specs, tier), made, speed)
+        if given in nights:
+            raise HapError(f"--night {given}: must be new, found it in {file}; --no-run judges the last night again")
+        name = measuring.begin(nights, chosen, made, given)
+        _measure(name, chosen, made, speed)
         past.append(file, made.rows)
         measuring.forget(name)
     say(f"{len(made.rows)} numbers of night {name} are in {near(file)}")
@@ -174,11 +178,11 @@ def _watched(file: Path, night: str, made: "Made", summary: Path | None, junit: 
 
     found = regressions.watch(past.load(file), night)
     notes = [*made.notes, *(f"{what} BROKE: {text.strip().splitlines()[-1]}" for what, text in made.broken)]
+    _tell(found, notes)
     if summary is not None:
         atomic_write(summary, regressions.markdown(found, notes, night).encode())
     if junit is not None:
         atomic_write(junit, regressions.junit(found, made.broken, night))
-    _tell(found, notes)
     raise typer.Exit(int(any(each.worse for each in found) or bool(made.broken)))
 
 

@@ -27,6 +27,13 @@ from hap.harness.statistics import MOST_SEEDS, Interval, confidences, deviation,
 from hap.harness.statistics import bounds as bounds
 
 Aged = Callable[[Run], Age]
+EVERYTHING = (-math.inf, math.inf)
+RANGES = {  # what the mean of a metric can be
+    **dict.fromkeys(("accuracy", "f1", "params_pruned", "macs_pruned"), (0.0, 100.0)),
+    "matthews": (-100.0, 100.0),
+    "spearman": (-1.0, 1.0),
+    "overlap": (0.0, 1.0),
+}
 AGES = ("stale", "unknown", "fresh")
 
 
@@ -94,7 +101,11 @@ class Verdict:
     @property
     def bounds(self) -> str:
         """The bounds in brackets, with how they were found; nothing where there are none."""
-        return "" if self.low is None else f" ({self.low:.4g} to {self.high:.4g}; {self.method})"
+        if self.low is None or self.high is None:
+            return ""
+        # a mean cannot lie beyond what its metric can be, though Student's interval knows nothing of it
+        least, most = RANGES.get(self.claim.metric, EVERYTHING) if self.claim.against is None else EVERYTHING
+        return f" ({max(self.low, least):.4g} to {min(self.high, most):.4g}; {self.method})"
 
 
 def describe(claim: Claim) -> str:

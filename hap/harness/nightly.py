@@ -5,6 +5,8 @@ night draws as many seeds from its own name: its numbers are new samples of what
 begun again repeats them.
 """
 
+import json
+import re
 import shutil
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,10 +19,11 @@ from typing import Any
 
 import torch
 
+from hap import HapError
 from hap.harness import provenance, speed, store
 from hap.harness.doctor import ready
 from hap.harness.evidence import value
-from hap.harness.files import cache, caching
+from hap.harness.files import atomic_write, cache, caching
 from hap.harness.history import SPEED, Row
 from hap.harness.run import Run
 from hap.harness.spec import STAGELESS, Case, Claim, Spec, require
@@ -48,6 +51,46 @@ def name(taken: Iterable[str], today: str | None = None) -> str:
         number += 1
         found = f"{day}.{number}"
     return found
+
+
+def checked(night: str) -> str:
+    """The name, which is that of a folder too; HapError where it could be one anywhere."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", night):
+        raise HapError(
+            f"--night {night}: must be letters, digits, '.', '_' and '-', and begin with none of these three"
+        )
+    return night
+
+
+def begin(taken: Iterable[str], specs: Sequence[Spec], made: Made, night: str | None = None) -> str:
+    """The night to measure: the one that is named, else one of these specs that was interrupted, else a new one.
+
+    Runs of other code are not today's: a night that it began is dropped and noted, and refused where it is named.
+    """
+    asked = {"specs": sorted(spec.name for spec in specs), "code": provenance.code()["sha256"]}
+    chosen = None
+    for place in sorted(cache().glob("nightly/*/night.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+        begun, found = place.parent.name, _begun(place)
+        if begun in taken or found.get("specs") != asked["specs"] or (night is not None and begun != night):
+            continue
+        if found.get("code") == asked["code"]:
+            chosen = chosen or begun
+        elif night is not None:
+            raise HapError(f"--night {night}: was begun by other code; choose another name")
+        else:
+            made.notes.append(f"night {begun} was begun by other code and never ended: its runs are dropped")
+            forget(begun)
+    chosen = night or chosen or name(taken)
+    atomic_write(folder(chosen) / "night.json", json.dumps(asked).encode())
+    return chosen
+
+
+def _begun(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        found = None  # written by a disk that was full
+    return found if isinstance(found, dict) else {}
 
 
 def seeds(night: str, spec: Spec) -> list[int]:

@@ -8,7 +8,7 @@ of a series are independent and normal. The error of a mean of nights that all s
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -56,6 +56,7 @@ class Watched:
     since: Night
     last_good: Night
     worse: bool = False
+    visible: float | None = None  # the least fall that is told on its first night; a share where changes are
 
     @property
     def line(self) -> str:
@@ -76,7 +77,10 @@ def watch(lines: Sequence[Row | Accepted], night: str | None = None, rate: float
     asked = [_asked(each, nights[-WINDOW:]) for each, nights in tonight.items()]
     adjusted = iter(holm([p for answers in asked for p, _ in answers]))
     found = [
-        _judged(*each, answers, [next(adjusted) for _ in answers], rate)
+        replace(
+            _judged(*each, answers, [next(adjusted) for _ in answers], rate),
+            visible=_visible(*each, rate / max(1, sum(map(len, asked)))),
+        )
         for each, answers in zip(tonight.items(), asked, strict=True)
     ]
     return sorted(found, key=lambda each: (not each.worse, each.series.name))
@@ -95,6 +99,7 @@ def markdown(found: Sequence[Watched], notes: Sequence[str], night: str) -> str:
         f"{sum(each.asked for each in found)} questions are corrected together (Holm). Where nothing changed, "
         f"at most {100 * RATE:g} % of nights raise any false alarm."
     )
+    parts += [_seen(found)] * any(each.visible is not None for each in found)
     if young:
         parts.append(f"{young} of the series have too few nights to be asked anything.")
     return "\n\n".join([*parts, *(["\n".join(f"- {_plain(note)}" for note in notes)] if notes else [])]) + "\n"
@@ -156,6 +161,30 @@ def _judged(series: Series, nights: list[Night], answers: list[Answer], adjusted
     )
 
 
+def _visible(series: Series, nights: list[Night], alpha: float) -> float | None:
+    """The fall of the next night that `detect.step` would tell on that night, as noisy as these are."""
+    from scipy.stats import t
+
+    kind = KINDS[series.metric]
+    means = np.array([np.mean([_scaled(value, kind) for value in night.values]) for night in nights[-WINDOW:]])
+    n = len(means)
+    if n < detect.SHORTEST or len(nights[-1].values) == 1:  # one number a night is told on its second
+        return None
+    error = max(float(means.std(ddof=1)), kind.floor) * math.sqrt(1 + 1 / n)
+    fall = float(t.isf(alpha * detect.share(0, n, n, n + 1), n - 1)) * error
+    return -math.expm1(-fall) if kind.relative else max(fall, kind.least)
+
+
+def _seen(found: Sequence[Watched]) -> str:
+    """What could be told: a change that is smaller takes more nights, or is never seen."""
+    parts = []
+    for unit, kinds in (("points", (PERCENT, KINDS["drop"])), ("correlation", (SHARE,))):
+        falls = [e.visible for e in found if e.visible is not None and KINDS[e.series.metric] in kinds]
+        if falls:
+            parts.append(f"{np.median(falls):.2g} {unit} in the median series ({min(falls):.2g} to {max(falls):.2g})")
+    return f"The smallest fall that is told on its first night: {'; '.join(parts) or 'none is watched'}."
+
+
 def _still(nights: list[Night], kind: Kind) -> detect.Step:
     mean = float(np.mean([_scaled(value, kind) for value in nights[-1].values]))
     return detect.Step(len(nights) - 1, mean, mean, 1.0)
@@ -173,6 +202,7 @@ def _unscaled(value: float, kind: Kind) -> float:
 def _properties(each: Watched) -> Iterator[tuple[str, str]]:
     yield from (("before", f"{each.before:.6g}"), ("after", f"{each.after:.6g}"), ("p", f"{each.p:.3g}"))
     yield from (("nights", str(each.nights)), ("since", each.since.commit), ("machine", each.series.machine))
+    yield from [("visible", f"{each.visible:.3g}")] if each.visible is not None else []
 
 
 def _cells(each: Watched) -> str:

@@ -88,6 +88,8 @@ def paths(names: Iterable[str]) -> list[Path]:
         named = [path for path in there if name in ("all", path.stem)] or [Path(name)] * Path(name).is_file()
         if not named:
             known = ", ".join(path.stem for path in there) or "none"
+            if name == "all":
+                raise HapError(f"specs: files *.toml in {FOLDER.absolute()} expected, found none")
             raise HapError(f"spec {name}: must be a file or a name in {FOLDER.absolute()}, which has {known}")
         found += named
     return list(dict.fromkeys(found))

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 from dataclasses import replace
 from functools import partial
@@ -185,6 +186,58 @@ def test_an_interrupted_night_goes_on_with_the_same_seeds(made_up, monkeypatch):
     assert len(history.load(made_up / ".hap" / "history.jsonl")) == 12
 
 
+def interrupted(monkeypatch, *arguments):
+    """A night that ends after three runs."""
+    made = []
+
+    def run(case, seed, *, say, keep):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(seed)
+        return fake_run(case, seed)
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    assert hap("nightly", "--no-speed", *arguments).exit_code == 130
+    more = []
+    monkeypatch.setattr(
+        "hap.harness.run.run", lambda case, seed, *, say, keep: more.append(seed) or fake_run(case, seed)
+    )
+    return more
+
+
+def test_an_interrupted_night_goes_on_on_another_day(made_up, monkeypatch):
+    days = iter(["2026-11-22", "2026-11-23", "2026-11-24"])
+    first = nightly.name
+    monkeypatch.setattr(nightly, "name", lambda taken: first(taken, next(days)))
+    more = interrupted(monkeypatch)
+    write_spec(made_up, tiny.SPEC, "other")
+    assert hap("nightly", "--no-speed", "other").exit_code == 0  # other specs are another night
+    assert len(more) == 6
+    assert hap("nightly", "--no-speed", "tiny").exit_code == 0
+    assert len(more) == 9
+    assert history.nights(history.load(made_up / ".hap" / "history.jsonl")) == ["2026-11-23", "2026-11-22"]
+    assert not list((made_up / ".hap" / "nightly").rglob("*.json"))
+
+
+def test_a_night_of_other_code_does_not_go_on(made_up, monkeypatch):
+    more = interrupted(monkeypatch, "--night", "n1")
+    monkeypatch.setattr(nightly.provenance, "code", lambda: {"commit": None, "dirty": False, "sha256": "f" * 64})
+    told = hap("nightly", "--no-speed", "--night", "n1")
+    assert (told.exit_code, told.stderr) == (2, "hap: --night n1: was begun by other code; choose another name\n")
+    told = hap("nightly", "--no-speed")
+    assert told.exit_code == 0
+    assert "night n1 was begun by other code and never ended: its runs are dropped" in told.stdout
+    assert len(more) == 6
+    assert not (made_up / ".hap" / "nightly" / "n1").exists()
+
+
+def test_a_night_torn_by_a_full_disk_is_not_gone_on_with(made_up, monkeypatch):
+    interrupted(monkeypatch, "--night", "n1")
+    (made_up / ".hap" / "nightly" / "n1" / "night.json").write_text('{"spe')
+    assert hap("nightly", "--no-speed", "--night", "n2").exit_code == 0
+    assert history.nights(history.load(made_up / ".hap" / "history.jsonl")) == ["n2"]
+
+
 def test_a_machine_without_the_data_leaves_a_spec_out_and_says_so(made_up, monkeypatch):
     def missing(**options):
         raise MissingData("tiny: a file expected, found none")
@@ -216,12 +269,18 @@ def test_a_spec_for_a_gpu_is_left_out_where_there_is_none(made_up, monkeypatch):
         (["--tier", "huge"], "--tier huge: no spec is of this tier"),
         (["--no-run"], ".hap/history.jsonl: a history with a night is needed to judge it again, found none"),
         (["--night", "n1", "--history", "h.jsonl"], "--night n1: must be new, found it in h.jsonl"),
+        *[
+            (["--night", name], f"--night {name}: must be of letters, digits, '.', '_' and '-'")
+            for name in ("..", ".", "/tmp/n1", "a/b", "", "-1")
+        ],
+        (["--history", "h.jsonl/more"], "h.jsonl"),
         (["--accept", "x/y", "--history", "h.jsonl"], "--accept x/y: must be a series of h.jsonl, one of digits/hap/"),
         (["--accept", "digits/hap/accuracy/selected", "--history", "h.jsonl"], "needs a reason, --why TEXT"),
     ],
 )
-def test_bad_input_is_one_line(made_up, arguments, says):
+def test_bad_input_is_one_line(made_up, arguments, says, monkeypatch):
     history.append(Path("h.jsonl"), [ROW])
+    monkeypatch.setattr(nightly, "measure", None)  # nothing is measured before it is told
     told = hap("nightly", *arguments)
     assert told.exit_code == 2
     assert says in told.stderr
@@ -237,6 +296,13 @@ def test_a_full_disk_keeps_the_records_of_the_night(made_up, monkeypatch):
     assert told.exit_code == 2
     assert "No space left on device" in told.stderr
     assert len(list((made_up / ".hap" / "nightly" / "n1").rglob("seed*.json"))) == 6
+
+
+def test_regressions_are_told_where_the_summary_cannot_be_written(made_up):
+    told = hap("nightly", "--no-speed", "--summary", "/proc/none/s.md")
+    assert told.exit_code == 2
+    assert "series got worse" in told.stdout
+    assert "/proc/none/s.md" in told.stderr
 
 
 def test_seeds_are_those_of_the_night_and_as_many_as_the_spec_has(made_up):
@@ -303,7 +369,12 @@ def test_the_workflows_run_what_a_person_runs():
         "workflow_dispatch",
     }  # `on`; pull requests of strangers run on no own machine
     script = "\n".join(step.get("run", "") for step in night["jobs"]["nightly"]["steps"])
-    assert "nox -s nightly -- --history .hap/history/history.jsonl" in script
+    assert "nox -s nightly -- $SPECS --history .hap/history/history.jsonl" in script
+    schedules = [each["cron"] for each in night[True]["schedule"]]
+    chosen = night["jobs"]["nightly"]["env"]["SPECS"]
+    assert f"github.event.schedule == '{schedules[1]}'" in chosen
+    short = re.findall(r"'([a-z0-9 -]+)' *}}", chosen)[0].split()
+    assert all((ROOT / "reproductions" / f"{name}.toml").is_file() for name in short)
     assert "push origin HEAD:history" in script
 
 

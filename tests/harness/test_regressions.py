@@ -30,7 +30,7 @@ def timings(levels, spread=0.04, **changes):
 
 
 def test_one_percent_lower_accuracy_is_found_within_two_nights():
-    """With a spread over seeds of 0.4 points, that of the digits."""
+    """Alone, with a spread of 0.4 points over three seeds."""
     levels = [97.5] * 20 + [96.5] * 2
     (found,) = watch(nights(levels, 0.4))
     assert found.worse
@@ -40,6 +40,34 @@ def test_one_percent_lower_accuracy_is_found_within_two_nights():
     assert f"since {found.since.commit} (night n20; before it {found.last_good.commit}), p = " in found.line
     assert found.before == pytest.approx(97.5, abs=0.2)
     assert found.after == pytest.approx(96.5, abs=0.4)
+
+
+def test_one_percent_lower_accuracy_is_found_among_as_many_series_as_a_night_of_digits_has():
+    """With the same spread, in 8 of 10 histories within three nights, though all 52 series are one family."""
+    found = 0
+    for history in range(10):
+        rng = np.random.default_rng(history)
+        bad = nights([97.5] * 20 + [96.5] * 3, 0.4, rng=rng)
+        others = [row for i in range(51) for row in nights([97.5] * 23, 0.4, rng=rng, case=f"case {i}")]
+        worse = [each for each in watch([*bad, *others]) if each.worse]
+        assert [each.series.case for each in worse] in (["hap"], [])
+        found += bool(worse)
+    assert found >= 8
+
+
+def test_the_summary_says_which_fall_would_be_told_and_that_fall_is():
+    """The oracle plants a fall of just more and of just less than what is said to be visible."""
+    history = nights([97.5] * 20, 0.4)
+    (known,) = watch(history)
+    means = np.array([[row.value for row in history if row.night == f"n{i}"] for i in range(20)]).mean(1)
+    for factor, told in ((1.01, True), (0.99, False)):
+        step = detect.step(np.append(means, means.mean() - factor * known.visible), KINDS["accuracy"].floor)
+        assert (step.p <= RATE / known.asked) is told
+    text = markdown([known], [], "n19")
+    assert f"told on its first night: {known.visible:.2g} points in the median series" in text
+    (ratio,) = watch(timings([2.0] * 15))
+    assert ratio.visible is None
+    assert "first night" not in markdown([ratio], [], "n14")
 
 
 def test_a_kernel_30_percent_slower_is_found_on_the_second_night():
@@ -210,7 +238,7 @@ def test_the_summary_and_the_junit_say_the_same():
     failure = cases["digits/hap/accuracy/selected"].find("failure")
     assert failure.get("message") == found[0].line
     values = {each.get("name"): each.get("value") for each in cases["digits/hap/accuracy/selected"].iter("property")}
-    assert values.keys() == {"before", "after", "p", "nights", "since", "machine"}
+    assert values.keys() == {"before", "after", "p", "nights", "since", "machine", "visible"}
     assert float(values["after"]) == pytest.approx(found[0].after, rel=1e-4)
     assert cases["digits hap seed 3"].find("error").get("message") == "HapError: gone"
     assert cases["speed/matmul/ratio/selected"].find("skipped") is not None
