@@ -41,7 +41,7 @@ HARNESS = (
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
     "tasks.imagenet tasks.imagenet_resnet50 tasks.imagenet_squeezenet "
     "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
-    "cases spec scoring run shapes architecture pretrained store statistics evidence judge plugin "
+    "cases spec scoring run shapes architecture pretrained parts store statistics evidence judge plugin "
     "markup fates tables summary plots page report "
     "integrity lint rehearsal pipeline doctor progress fanout making bill pricing estimate terminal detect history "
     "regressions speed nightly differences comparison compare commands cli"

@@ -82,7 +82,7 @@ def resolve(where: str, role: str, ref: Ref) -> None:
     """Checks that `ref` names a function that can be called in this role with these options."""
     try:
         function = ref.load()
-    except Exception as error:  # whatever a stranger's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
         raise wrong(where, f"must name a function that exists ({type(error).__name__}: {error})", ref.use) from None
     if not callable(function):
         raise wrong(where, "must name a function", ref.use)

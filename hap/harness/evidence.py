@@ -9,7 +9,18 @@ from typing import Any
 from hap import HapError
 from hap.harness.run import Run
 from hap.harness.spec import STAGELESS, Claim
-from hap.harness.statistics import Interval, Op, counted, deviation, interval, p_value, variance, variance_of_difference
+from hap.harness.statistics import (
+    Interval,
+    Op,
+    counted,
+    deviation,
+    fails,
+    holds,
+    interval,
+    p_value,
+    variance,
+    variance_of_difference,
+)
 
 Runs = Mapping[str, Sequence[Run]]
 Cost = Mapping[str, Any]
@@ -38,13 +49,18 @@ class Measured:
         slack = 1e-9 * max(1.0, abs(self.claim.value))  # a difference of two decimals is not exact
         return self.claim.value - self.claim.tolerance - slack, self.claim.value + self.claim.tolerance + slack
 
-    def at(self, confidence: float) -> Interval:
+    def at(self, confidence: float, decision: Decision = holds) -> Interval:
         """The bounds of the mean; a comparison is bootstrapped where there are seeds enough."""
+        confidence = self.level(confidence, decision)
         return interval(self.values, confidence, sampling=self.sampling, bootstrap=self.claim.against is not None)
+
+    def level(self, confidence: float, decision: Decision) -> float:
+        """That of each bound: what "==" refutes, it refutes on either side, so each side has half of the error."""
+        return (1 + confidence) / 2 if decision is fails and self.claim.op == "==" else confidence
 
     def p_value(self, decision: Decision) -> float:
         """That of the claim to hold, or to fail."""
-        return p_value(lambda confidence: decision(self.claim.op, self.at(confidence), *self.band))
+        return p_value(lambda confidence: decision(self.claim.op, self.at(confidence, decision), *self.band))
 
     def told(self, found: Interval) -> str:
         """How the bounds were found."""
@@ -74,12 +90,15 @@ def value(run: Run, claim: Claim) -> float:
     if claim.metric in _COSTS:
         return _COSTS[claim.metric](run.cost["dense"], run.cost["pruned"])
     if claim.metric in STAGELESS:
-        return run.metrics["ranking"][claim.metric]
-    if claim.metric == "drop":
+        found = run.metrics.get("ranking", {})
+    elif claim.metric == "drop":
         return run.metrics["dense"]["accuracy"] - run.metrics[claim.stage]["accuracy"]
-    found = run.metrics[claim.stage]
+    else:
+        found = run.metrics[claim.stage]
     if claim.metric not in found:
-        raise HapError(f"{run.case} seed {run.seed}: {claim.metric} expected in the record, found {', '.join(found)}")
+        raise HapError(
+            f"{run.case} seed {run.seed}: {claim.metric} expected in the record, found {', '.join(found) or 'none'}"
+        )
     return found[claim.metric]
 
 
@@ -100,9 +119,9 @@ _COSTS: dict[str, Callable[[Cost, Cost], float]] = {
 
 
 def _certain(claim: Claim, runs: list[Run]) -> bool:
-    """Whether a quantity is free of chance: counted, or equal over seeds to the rounding of its loss."""
-    if claim.metric in _COSTS:
-        return claim.metric != "speedup"
+    """Whether a quantity is free of chance: equal over seeds, and counted or with a loss that is equal to rounding."""
+    if claim.metric in _COSTS:  # one seed's count says nothing of another's, whose plan may be another
+        return claim.metric != "speedup" and len(runs) > 1
     if claim.metric in STAGELESS:
         return False
     # accuracy is a count and agrees by luck; a loss that agrees to rounding does not

@@ -158,14 +158,15 @@ def _named(sources: Sources, place: Place) -> Iterator[Place]:
 
 
 def _handed_on(sources: Sources, place: Place) -> Iterator[Place]:
-    """Where a name lies that a module of the package has from another; lazily, as `hap` has its own, from any."""
+    """Where a name lies that a module of the package has from another; lazily, as `hap` does, from any of the core."""
     module, name = place
     if module not in sources or module in SILENT or name in sources[module].nodes:
         return
     if name in sources[module].imports:
         yield sources[module].imports[name]
     elif module == "hap":
-        yield from ((other, name) for other, each in sources.items() if name in each.nodes)
+        core = ((other, each) for other, each in sources.items() if not other.startswith("hap.harness"))
+        yield from ((other, name) for other, each in core if name in each.nodes)
 
 
 @lru_cache(maxsize=4)

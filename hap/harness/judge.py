@@ -162,10 +162,11 @@ def _looked(claim: Claim, runs: Runs, seeds: Sequence[int] | None) -> "Measured 
         gone = f"no evidence for seed {', '.join(map(str, missing))}" if missing else "no evidence"
         return Verdict(Outcome.ABSENT, claim, None, None, None, wanted, gone)
     found = measured(claim, runs, wanted)
-    mean = math.fsum(found.values) / len(found.values)
-    if not math.isfinite(mean):
-        strange = next(s for s, value in zip(wanted, found.values, strict=True) if not math.isfinite(value))
-        return Verdict(Outcome.UNDECIDED, claim, mean, None, None, wanted, f"seed {strange} is not a finite number")
+    strange = [seed for seed, value in zip(wanted, found.values, strict=True) if not math.isfinite(value)]
+    mean = sum(found.values) / len(found.values)
+    if strange or not math.isfinite(mean):
+        why = f"seed {strange[0]} is not a finite number" if strange else "the mean is not a finite number"
+        return Verdict(Outcome.UNDECIDED, claim, mean, None, None, wanted, why)
     if deviation(found.values) == 0 and not found.certain:
         why = "one seed says nothing of the spread" if len(wanted) == 1 else "equal by chance: the spread is not known"
         return Verdict(Outcome.UNDECIDED, claim, mean, None, None, wanted, why)
@@ -182,9 +183,9 @@ def _oldest(verdict: Verdict, runs: Runs, aged: Aged) -> Age:
 def _decided(found: Measured, held: Held | None) -> Verdict:
     """The verdict by the bounds; among a family, by those at the confidences that Holm's procedure asks for."""
     claim, bounds = found.claim, found.at(found.claim.confidence)
-    alone = _says(found, bounds, bounds)
+    alone = _says(found, bounds, found.at(claim.confidence, fails))
     held = held or Held(1.0, claim.confidence, claim.confidence, 1)
-    says = alone if held.family == 1 else _says(found, found.at(held.inside), found.at(held.outside))
+    says = alone if held.family == 1 else _says(found, found.at(held.inside), found.at(held.outside, fails))
     among = f", Holm over {held.family}: p {held.p:.2g}" if held.family > 1 else ""
     told = (bounds.mean, bounds.low, bounds.high, found.seeds)
     verdict = Verdict(says, claim, *told, method=f"{found.told(bounds)}{among}")
@@ -207,7 +208,8 @@ def _more(found: Measured, inner: float, outer: float) -> tuple[int | None, str]
     mean, spread, n = math.fsum(found.values) / len(found.values), deviation(found.values), len(found.values)
 
     def enough(more: int, sampling: float = found.sampling) -> bool:
-        bounds = (expected(mean, spread, n + more, c, sampling=sampling) for c in (inner, outer))
+        levels = (inner, found.level(outer, fails))
+        bounds = (expected(mean, spread, n + more, level, sampling=sampling) for level in levels)
         return _says(found, *bounds) is not Outcome.UNDECIDED
 
     seeds = further(enough)

@@ -56,9 +56,7 @@ def name(taken: Iterable[str], today: str | None = None) -> str:
 def checked(night: str) -> str:
     """The name, which is that of a folder too; HapError where it could be one anywhere."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", night):
-        raise HapError(
-            f"--night {night}: must be letters, digits, '.', '_' and '-', and begin with none of these three"
-        )
+        raise HapError(f"--night {night}: must be of letters, digits, '.', '_' and '-', the first a letter or digit")
     return night
 
 

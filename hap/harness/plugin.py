@@ -149,8 +149,8 @@ def _claim(spec: Any, index: int, results: Path, item: SpecItem) -> None:
     item.user_properties += _properties(verdict)
     if item.config.getoption("--release") and not verdict.released and not verdict.surprising:
         raise Stop(verdict.line)
-    if verdict.says in ("ABSENT", "UNDECIDED"):
-        pytest.skip(verdict.line)
+    if verdict.says in ("ABSENT", "UNDECIDED") or (verdict.outcome == "STALE" and not verdict.surprising):
+        pytest.skip(verdict.line)  # what is stale is not shown; what it contradicts is still told
     known = verdict.claim.known
     if verdict.surprising:
         raise Stop(verdict.line if known is None else f"`known` is out of date, remove it: {known} ({verdict.line})")

@@ -30,7 +30,7 @@ def figures(spec: Spec, runs: Runs, results: Path, root: Path) -> list[Path]:
 
 def verdicts(spec: Spec, runs: Runs) -> list[Verdict]:
     """The verdict of each claim of a spec."""
-    return judge.verdicts(spec.claims, runs, spec.seeds)
+    return judge.of_today(spec, runs)
 
 
 def entries(specs: Path, results: Path) -> list[Entry]:

@@ -121,6 +121,8 @@ def load_spec(path: Path) -> Spec:
         return _spec(path.stem, _file(_toml(path)))
     except HapError as error:
         raise HapError(" ".join(f"{path}: {error}".split())) from None
+    except (RecursionError, OverflowError) as error:
+        raise HapError(f"{path}: must have no number and no nesting without end ({error})") from None
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -175,8 +177,9 @@ def _claim(where: str, claim: Claim, cases: dict[str, Case]) -> None:
     for field, case in (("case", claim.case), ("against", claim.against)):
         if case is not None and case not in cases:
             raise wrong(f"{where}.{field}", f"must be a case of this spec, one of {', '.join(cases)}", case)
-    if claim.metric in ("spearman", "overlap") and cases[claim.case].reference is None:
-        raise wrong(f"{where}.metric", "needs a case with a reference", claim.metric)
+    compared = [cases[case] for case in (claim.case, claim.against) if case is not None]
+    if claim.metric in ("spearman", "overlap") and any(case.reference is None for case in compared):
+        raise wrong(f"{where}.metric", "needs cases with a reference", claim.metric)
     if claim.against == claim.case:
         raise wrong(f"{where}.against", "must be another case", claim.against)
     if "stage" in claim.model_fields_set and claim.metric in STAGELESS:

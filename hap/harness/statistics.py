@@ -13,7 +13,8 @@ standard error e (`sampling`) widens the bounds in quadrature, each distance to 
 sqrt(distance^2 + (z(c) e)^2): the recovery of variances of [Zou08], for two sources of error that are independent.
 
 **Decisions.** ">=" and "<=" are tests of non-inferiority, "==" is two one-sided tests (TOST) [Schuirmann87]: a claim
-holds when the bounds lie in its band, and fails when they lie outside. That is a test whose p-value is the least
+holds when the bounds lie in its band, and fails when they lie outside; "==" may fail on either side, and each has half
+of the error. That is a test whose p-value is the least
 1 - c at which the bounds decide; `holm` [Holm79] corrects a family of them, under any dependence.
 """
 
@@ -82,7 +83,8 @@ def deviation(values: Sequence[float]) -> float:
     mean = math.fsum(values) / len(values)
     if max(values) - min(values) <= 1e-9 * max(1.0, abs(mean)):
         return 0.0
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    scale = max(abs(value - mean) for value in values)  # else the squares of what is huge are infinite
+    return scale * math.sqrt(math.fsum(((value - mean) / scale) ** 2 for value in values) / (len(values) - 1))
 
 
 def holds(op: Op, found: Interval, bottom: float, top: float) -> bool:

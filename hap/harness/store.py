@@ -26,6 +26,7 @@ from hap.harness import ranks
 from hap.harness.architecture import describe, fill, rebuild, tensors
 from hap.harness.binding import mistake, wrong
 from hap.harness.files import atomic_write, atomic_writes, cache, is_locked, locked
+from hap.harness.parts import Parts
 from hap.harness.run import Run
 from hap.harness.spec import Case, Spec
 from hap.harness.training import Say, silent
@@ -169,7 +170,7 @@ def _model_table(content: bytes) -> dict[str, Any]:
 def _read(content: bytes) -> Run:
     try:
         table = json.loads(content)
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
         raise wrong("file", "must be JSON", str(error)) from None
     if not isinstance(table, dict) or table.get("schema") != Run.schema:
         raise wrong("schema", f"must be {Run.schema}", table.get("schema") if isinstance(table, dict) else table)
@@ -181,6 +182,10 @@ def _read(content: bytes) -> Run:
     except ValidationError as error:
         raise mistake("", error) from None
     _whole(run)
+    try:
+        Parts.model_validate(run, from_attributes=True)
+    except ValidationError as error:
+        raise mistake("", error) from None
     return run
 
 

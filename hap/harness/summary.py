@@ -16,8 +16,8 @@ Judged from the records in this folder, and from nothing else. `nox -s judge` ju
 `nox -s reproduce -- NAME` makes the records of a spec; `nox -s figures` writes this file and [index.html](index.html),
 which has the same verdicts with plots.
 
-These are the verdicts of the evidence as it was made. Each section names the commits that made it; whether code that
-decides its numbers has changed since, git knows and a file cannot: `nox -s judge` calls such evidence STALE."""
+STALE: when this file was written, code or data that decide the numbers had changed since the commits that each section
+names. What such evidence says is told in the remark, and counts for nothing until it is made again."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ def summary(entries: Sequence[Entry], results: Path) -> Path:
 def outcomes(entries: Sequence[Entry]) -> list[str]:
     """The outcomes that there are or may be, in the order of the judge."""
     found = [str(verdict.outcome) for entry in entries for verdict in entry.verdicts]
-    always = [str(outcome) for outcome in Outcome if outcome is not Outcome.STALE]  # no page can tell (INTRODUCTION)
-    return list(dict.fromkeys([*always, *found]))
+    return list(dict.fromkeys([*map(str, Outcome), *found]))
 
 
 def commits(entry: Entry) -> str:
@@ -78,7 +77,8 @@ def seeds(verdict: Verdict) -> int:
 def remark(verdict: Verdict) -> str:
     """Why a verdict is no clearer, and what is known of it."""
     known = f"known: {verdict.claim.known}" if verdict.claim.known else ""
-    return "; ".join(part for part in (verdict.reason, known) if part)
+    stale = f"the evidence says {verdict.says}" if verdict.outcome is Outcome.STALE else ""
+    return "; ".join(part for part in (stale, verdict.reason, known) if part)
 
 
 def _counts(entries: Sequence[Entry]) -> str:

@@ -282,6 +282,17 @@ def test_doctor_tells_memory_disk_and_what_can_be_installed(monkeypatch):
     assert "extra heads (attention heads): yes" in told
 
 
+def test_doctor_tells_of_the_machine_where_there_are_no_specs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = hap("doctor")
+    assert told.exit_code == 0
+    assert "memory: " in told.stdout
+    assert told.stdout.endswith("specs: none here; they lie in reproductions/ of a checkout\n")
+    told = hap("judge")
+    assert (told.exit_code, told.stderr.count("\n")) == (2, 1)
+    assert "/reproductions expected, found none" in told.stderr
+
+
 def test_doctor_tells_what_is_missing(folder, monkeypatch):
     def missing(*, width):
         raise MissingData("CIFAR-10 not found: looked in ./data; get it from a mirror")

@@ -171,7 +171,7 @@ def test_a_new_outcome_and_a_spec_that_does_not_read_do_not_break_the_page(tmp_p
     assert '<p class="warning">Not judged. broken.toml: &lt;title&gt;: is required</p>' in text
     told = summary(entries, tmp_path).read_text()
     assert "| **ODD &lt;1>** |" in told
-    assert "| spec | HOLDS | FAILS | UNDECIDED | ABSENT | ODD &lt;1> |" in told  # no file can tell what is STALE
+    assert "| spec | HOLDS | FAILS | UNDECIDED | ABSENT | STALE | ODD &lt;1> |" in told
 
 
 def test_hundreds_of_records_take_seconds_and_little_room(tmp_path):

@@ -112,11 +112,22 @@ def test_verdicts_tell_claim_source_observation_and_seeds(tmp_path, saved):
         "no evidence for seed 1, 2 |"
     ) in text
     assert "\n- Source of claim 1: [Yu22] abstract\n- Source of claim 2: the suite\n" in text
-    assert "| [A made-up table](#a-made-up-table) | 1 |  |  | 1 |" in text
-    assert "| all | **1** | **0** | **0** | **1** |\n" in text
+    assert "| [A made-up table](#a-made-up-table) | 1 |  |  | 1 |  |" in text
+    assert "| all | **1** | **0** | **0** | **1** | **0** |\n" in text
 
 
-def test_the_pages_name_the_commits_of_the_records_and_judge_no_code(tmp_path, runs):
+def test_evidence_of_other_code_is_stale_on_the_pages_which_tell_what_it_says(tmp_path, runs):
+    for run in runs["hap"]:
+        store.save(replace(run, code={**run.code, "decides": "0" * 64}), tmp_path / "results")
+    (entry,) = report.entries(tmp_path / "reproductions", tmp_path / "results")
+    text = summary.summary([entry], tmp_path / "results").read_text()
+    assert "| 1 | **STALE** | more than 70 % of the parameters go |" in text
+    assert "| 3 | the evidence says HOLDS |" in text
+    assert "| all | **0** | **0** | **0** | **1** | **1** |\n" in text
+    assert "the evidence says HOLDS" in page.write([entry], tmp_path / "results").read_text()
+
+
+def test_the_pages_name_the_commits_of_the_records(tmp_path, runs):
     older, *others = runs["hap"]
     older = replace(older, code={**older.code, "commit": "0123456789abcdef"}, created="2020-01-01T00:00:00")
     changed = replace(runs["random"][0], code={"commit": None, "dirty": True, "sha256": "0" * 64})
@@ -128,7 +139,7 @@ def test_the_pages_name_the_commits_of_the_records_and_judge_no_code(tmp_path, r
     assert summary.commits(entry).endswith("1 at 0123456789")  # the latest come first
     text = summary.summary([entry], tmp_path / "results").read_text()
     assert f" Records: {summary.commits(entry)}." in text
-    assert "| spec | HOLDS | FAILS | UNDECIDED | ABSENT |" in text
+    assert "| spec | HOLDS | FAILS | UNDECIDED | ABSENT | STALE |" in text
     assert f"4 of 6 records, {summary.commits(entry)}." in page.write([entry], tmp_path / "results").read_text()
 
 

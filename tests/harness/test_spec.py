@@ -363,7 +363,7 @@ def test_a_reference_is_bound_like_a_score_and_decides(tmp_path):
     ("old", "new", "rule"),
     [
         ('case = "noisy"\nmetric = "spearman"', 'case = "hap"\nmetric = "spearman"',
-         "claims[3].metric: needs a case with a reference (found 'spearman')"),
+         "claims[3].metric: needs cases with a reference (found 'spearman')"),
         ('metric = "spearman"', 'metric = "overlap"\nstage = "selected"',
          "claims[3].stage: means nothing for overlap"),
         ('reference = {use = "fakes:score", curvature = "exact"}', 'reference = {use = "fakes:score", curvature = "x"}',
@@ -378,6 +378,37 @@ def test_a_reference_that_makes_no_sense_is_a_mistake(tmp_path, old, new, rule):
     with pytest.raises(HapError) as caught:
         load(tmp_path, SPEC + COMPARED.replace(old, new, 1))
     assert rule in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 5000,
+        "a" + ".a" * 5000 + " = 1",
+        "a = " + "{a = " * 5000,
+        SPEC.replace("params = 0.7", f"params = {'9' * 400}"),
+    ],
+    ids=["lists", "names", "tables", "a number"],
+)
+def test_a_spec_without_end_is_one_line(tmp_path, text):
+    (tmp_path / "endless.toml").write_text(text)
+    with pytest.raises(HapError) as caught:
+        load_spec(tmp_path / "endless.toml")
+    assert str(caught.value).startswith(f"{tmp_path / 'endless.toml'}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_ends_python_is_a_mistake(tmp_path, monkeypatch):
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(HapError, match=r"cases.hap.score: must name a function that exists \(SystemExit: 3\)"):
+        load(tmp_path, SPEC.replace('use = "fakes:score"', 'use = "leaving:score"', 1))
+
+
+def test_a_ranking_is_compared_with_a_ranking(tmp_path):
+    two = COMPARED.replace('metric = "spearman"', 'metric = "spearman"\nagainst = "hap"')
+    with pytest.raises(HapError, match="needs cases with a reference"):
+        load(tmp_path, SPEC + two)
 
 
 def test_recalibration_is_inherited_and_allowed_beside_a_method(tmp_path):

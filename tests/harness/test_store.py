@@ -93,6 +93,15 @@ def without(table, *steps):
     return copy
 
 
+def put(table, value, *steps):
+    copy = json.loads(json.dumps(table))
+    part = copy
+    for step in steps[:-1]:
+        part = part[step]
+    part[steps[-1]] = value
+    return copy
+
+
 DAMAGE = {
     "empty": (lambda table: "", "file: must be JSON"),
     "cut short": (lambda table: json.dumps(table)[:-40], "file: must be JSON"),
@@ -109,6 +118,22 @@ DAMAGE = {
     "no loss": (lambda table: without(table, "metrics", "last", "loss"), "metrics.last: must have accuracy and loss"),
     "no cost": (lambda table: without(table, "cost", "pruned"), "cost: must have dense, pruned; missing"),
     "no macs": (lambda table: without(table, "cost", "dense", "macs"), "cost.dense: must have params, macs"),
+    "no parameters": (lambda table: put(table, 0, "cost", "dense", "params"), "cost.dense.params: Input should be gre"),
+    "half a MAC": (
+        lambda table: put(table, 0.5, "cost", "pruned", "macs"),
+        "cost.pruned.macs: Input should be a valid",
+    ),
+    "no latency": (lambda table: put(table, {"1": "x"}, "cost", "dense", "latency_seconds"), "latency_seconds"),
+    "no data": (lambda table: table | {"data": {}}, "data.name: is required"),
+    "data without a sum": (lambda table: without(table, "data", "sha256"), "data.sha256: is required"),
+    "no code": (lambda table: without(table, "code", "sha256"), "code.sha256: is required"),
+    "a task that is no table": (lambda table: put(table, "x", "config", "task"), "config.task: Input should be"),
+    "a score without a name": (lambda table: put(table, {}, "config", "score"), "config.score.use: is required"),
+    "an epoch without a test": (
+        lambda table: table | {"epochs": [{"epoch": 0, "validation": {"accuracy": 1.0, "loss": 1.0}}]},
+        "epochs[1].test: is required",
+    ),
+    "nested without end": (lambda table: "[" * 100_000, "file: must be JSON"),
     "another seed": (lambda table: table | {"seed": 1}, "seed: must be that of its path, 0 (found 1)"),
     "another key": (lambda table: table | {"key": "0123456789"}, "key: must be that of its path"),
     "another case": (lambda table: table | {"case": "x"}, "case: must be that of its path, hap (found 'x')"),
