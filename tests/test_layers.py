@@ -11,9 +11,9 @@ name in a spec becomes a function), `files`, `provenance`, `events` and `recipe`
 `stepping` and `checkpoints` are what training is built of; `tasks` comes before `training`, which trains a Task, and so
 before `cases`, which hold a Recipe; the single tasks come after it, for they train themselves. `cases`, a part of
 `spec` until that grew too long, makes a Case of its tables; `upstream`, a method that only specs name, needs no more
-than a Task. `shapes` and `architecture` are what `store` needs to write a pruned model without a pickle: a module, then
-a model, as a record. `freshness` is whether a record is of today's code, `statistics` and `evidence` are what `judge`
-needs: bounds from numbers, and numbers from runs.
+than a Task; `returned` is what `run` holds a method to. `shapes` and `architecture` are what `store` needs to write a
+pruned model without a pickle: a module, then a model, as a record. `freshness` is whether a record is of today's code,
+`statistics` and `evidence` are what `judge` needs: bounds from numbers, and numbers from runs.
 """
 
 import ast
@@ -41,7 +41,7 @@ HARNESS = (
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
     "tasks.imagenet tasks.imagenet_resnet50 tasks.imagenet_squeezenet "
     "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
-    "cases spec scoring run shapes architecture pretrained parts store statistics evidence judge plugin "
+    "cases spec scoring returned run shapes architecture pretrained parts store statistics evidence judge plugin "
     "markup fates tables summary plots page report "
     "integrity lint rehearsal pipeline doctor progress fanout making bill pricing estimate terminal detect history "
     "regressions speed nightly differences comparison compare commands cli"

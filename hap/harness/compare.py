@@ -64,7 +64,10 @@ def rival(use: str, options: Mapping[str, object], role: Role) -> Rival:
         ref = Ref(use=use, options=dict(options))
     except ValidationError as error:
         raise mistake("function", error) from None
-    resolve(use, role, ref)
+    try:
+        resolve(use, role, ref)
+    except SystemExit as error:  # of a module that is a script
+        raise HapError(f"{use}: must name a function that exists (SystemExit: {error}, in its module)") from None
     return Rival(role, ref, sha256(f"{_sources(use)}{provenance.code()['sha256']}".encode()).hexdigest())
 
 
@@ -172,9 +175,10 @@ def blaming(rival: Rival) -> Iterator[None]:
         yield
     except HapError as error:
         raise HapError(str(error) if str(error).startswith(rival.ref.use) else f"{rival.ref.use}: {error}") from None
-    except Exception as error:
-        home = str(_home(rival.ref.use))
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(home)]
+    except (Exception, SystemExit) as error:
+        homes = _homes(rival.ref.use)
+        raised = traceback.extract_tb(error.__traceback__)
+        frames = [frame for frame in raised if any(Path(frame.filename).is_relative_to(home) for home in homes)]
         if not frames or (isinstance(error, RuntimeError) and memory_ran_out(error)):
             raise
         told = " ".join(f"{type(error).__name__}: {error}".split())
@@ -186,16 +190,21 @@ def _budget(case: Case) -> tuple[str, float]:
     return case.budget.unit, case.budget.target
 
 
-def _home(use: str) -> Path:
-    """The folder of the package, or the file of the module, that a function comes from."""
+def _homes(use: str) -> list[Path]:
+    """The folder of the package, or the file of the module, that a function comes from; of a namespace, its folders."""
     name = use.partition(":")[0]
     module = sys.modules.get(name.partition(".")[0]) or sys.modules[name]
-    file = Path(module.__file__ or name)
-    return file.parent if file.name == "__init__.py" else file
+    if getattr(module, "__file__", None) is None:  # of a folder without __init__.py
+        return [Path(each) for each in getattr(module, "__path__", ())]
+    file = Path(str(module.__file__))
+    return [file.parent if file.name == "__init__.py" else file]
 
 
 def _sources(use: str) -> str:
-    home = _home(use)
-    if home.is_dir():
-        return str(provenance.code(home)["sha256"])
-    return sha256(home.read_bytes() if home.is_file() else str(home).encode()).hexdigest()
+    try:
+        return "".join(
+            provenance.checksum(home) if home.is_dir() else sha256(home.read_bytes()).hexdigest()
+            for home in _homes(use)
+        )
+    except OSError as error:
+        raise HapError(f"{use}: its sources must be readable (found {error.strerror}, {error.filename})") from None

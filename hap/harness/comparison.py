@@ -5,7 +5,7 @@ from statistics import fmean
 
 from hap.harness.differences import ALPHA, Difference, Pairs
 from hap.harness.run import Run
-from hap.harness.spec import Spec
+from hap.harness.spec import Case, Spec
 from hap.harness.statistics import FEWEST
 
 WHEN = {"one_shot": "before fine-tuning", "selected": "after fine-tuning"}
@@ -36,7 +36,7 @@ def quality(pairs: Sequence[Pairs], found: Sequence[Difference], theirs: str) ->
             f"{each.mean:+.2f}",
             "no spread seen" if each.interval is None else f"{each.interval.low:+.2f} to {each.interval.high:+.2f}",
             f"{each.p:.2g}",
-            f"{each.rank} of {each.ranked}",
+            "budget missed" if each.short else f"{each.rank} of {each.ranked}",
         ]
         for each in found
     ]
@@ -52,6 +52,8 @@ def cost(pairs: Sequence[Pairs], theirs: str) -> str:
 def sentences(spec: Spec, pairs: Sequence[Pairs], found: Sequence[Difference], theirs: str) -> Iterator[str]:
     """What can be concluded, and what cannot."""
     yield _concluded(found, theirs)
+    if missed := [each.case for each in pairs if _short(each.case, found)]:
+        yield _missed(missed)
     yield _chance(pairs, found)
     yield _place(pairs, theirs)
     if spread := _unpaired(pairs):
@@ -73,10 +75,20 @@ def _concluded(found: Sequence[Difference], theirs: str) -> str:
             parts.append(f"Your method is {verdict} than {theirs} {places}.")
     still = sum(each.verdict == "open" for each in found)
     if still == len(found):
-        parts.append(f"Nothing can be concluded: no difference from {theirs} is told from chance.")
+        why = "" if any(each.short for each in found) else f": no difference from {theirs} is told from chance"
+        parts.append(f"Nothing can be concluded{why}.")
     elif still:
         parts.append(f"Of the other {still} of {len(found)} differences nothing can be concluded, equality neither.")
     return " ".join(parts)
+
+
+def _short(case: Case, found: Sequence[Difference]) -> bool:
+    return any(each.short for each in found if each.case == case.name)
+
+
+def _missed(cases: Sequence[Case]) -> str:
+    asked = ", ".join(f"{case.budget.target:g} of the {case.budget.unit} in {case.name}" for case in cases)
+    return f"Your method prunes less than the budget asks ({asked}): budgets differ, so nothing can be concluded there."
 
 
 def _chance(pairs: Sequence[Pairs], found: Sequence[Difference]) -> str:

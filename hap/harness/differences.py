@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from hap.harness.evidence import measured
+from hap.harness.returned import short
 from hap.harness.run import Run
 from hap.harness.spec import Case, Claim, Spec
 from hap.harness.statistics import Interval, deviation, holm, p_value
@@ -45,11 +46,12 @@ class Difference:
     p: float  # corrected for all differences of the comparison
     rank: int
     ranked: int
+    short: bool = False  # the first of the two prunes less than the budget asks
 
     @property
     def verdict(self) -> Literal["better", "worse", "open"]:
         """What can be concluded from it."""
-        if self.interval is None or self.p > ALPHA:
+        if self.short or self.interval is None or self.p > ALPHA:
             return "open"
         return "better" if self.mean > 0 else "worse"
 
@@ -74,7 +76,8 @@ def _difference(metric: str, pairs: Pairs, stage: str, bounds: Interval | None, 
     mine, theirs = (fmean(values(runs, metric, stage)) for runs in (pairs.mine, pairs.theirs))
     ahead = [name for name, runs in pairs.others.items() if fmean(values(runs, metric, stage)) > mine]
     ranked = 1 + len(pairs.others)
-    return Difference(pairs.case.name, stage, mine, theirs, mine - theirs, bounds, p, 1 + len(ahead), ranked)
+    missed = any(short(pairs.case.budget, run.plan.get("removed", {})) for run in pairs.mine)
+    return Difference(pairs.case.name, stage, mine, theirs, mine - theirs, bounds, p, 1 + len(ahead), ranked, missed)
 
 
 def _compared(metric: str, pairs: Pairs, stage: str) -> tuple[Interval | None, float]:

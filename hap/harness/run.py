@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from hap import HapError
 from hap.cost import latency, macs, params
 from hap.groups import Groups, couple
 from hap.harness import ranks
@@ -21,6 +20,7 @@ from hap.harness.batchnorm import recalibrate
 from hap.harness.binding import Ref
 from hap.harness.freshness import decides, entrances
 from hap.harness.provenance import code, environment
+from hap.harness.returned import accepted, agree, runs
 from hap.harness.scoring import Scoring, remembered
 from hap.harness.spec import Case
 from hap.harness.tasks import Task
@@ -59,7 +59,8 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
         score = Scoring(case, seed, say)
         prune = one_shot(score, _bound(case.implant), clock) if case.score else _bound(case.method)
         with clock("prune"):
-            pruned, chosen = _pair(case, prune(task, groups, case.budget, rng=generator(seed, "prune")))
+            found = prune(task, groups, case.budget, rng=generator(seed, "prune"))
+            pruned, chosen = accepted(case.method.use, task, groups, case.budget, found) if case.method else found
             ranks.agreed(f"{task.name}: the plan", json.dumps(chosen.to_json()))
             if case.recalibrate:
                 recalibrate(pruned, task.batches, task.loss.call)
@@ -109,7 +110,9 @@ def one_shot(score: Callable[..., Any], implant: Any = None, clock: "Clock | Non
         with clock("apply"):
             inputs = [inputs for inputs, _ in task.batches]
             pruned = apply(task.model, groups, chosen, implant, batches=inputs, call=task.loss.call)
-        _agree(task, pruned, chosen)
+        agree(task.name, task, pruned, chosen)
+        if implant is not None:
+            runs(task.name, task, pruned)
         return pruned, chosen
 
     return method
@@ -194,26 +197,9 @@ def _bound(ref: Ref | None) -> Any:
     return ref and partial(ref.load(), **ref.options)
 
 
-def _pair(case: Case, found: Any) -> tuple[nn.Module, Plan]:
-    """What a method returned, if that is a model and its plan."""
-    match found:
-        case (nn.Module() as pruned, Plan() as chosen):
-            return pruned, chosen
-    raise HapError(f"{case.method and case.method.use}: a model and its Plan expected, found {type(found).__name__}")
-
-
 def _restored(model: nn.Module, state: State) -> nn.Module:
     model.load_state_dict(state)
     return model
-
-
-def _agree(task: Task, pruned: nn.Module, chosen: Plan) -> None:
-    removed = 1 - params(pruned) / params(task.model)
-    if abs(removed - chosen.removed["params"]) > 1e-9:
-        raise HapError(
-            f"{task.name}: the pruned model must be the one planned, with {chosen.removed['params']:.6f} of the "
-            f"parameters removed (found {removed:.6f})"
-        )
 
 
 def _cost(model: nn.Module, task: Task) -> dict[str, Any]:

@@ -98,8 +98,7 @@ class Scoring:
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
             scores = function(model, loss, batches, groups, rng=rng, **given, **ref.options)
-        if not isinstance(scores, Tensor) or scores.is_complex():
-            kind = getattr(scores, "dtype", type(scores).__name__)
+        if (kind := _unusable(scores)) is not None:
             raise HapError(f"{ref.use}: a tensor of {len(groups)} real numbers expected, found {kind}")
         lines = [" ".join(str(each.message).split()) for each in heard if issubclass(each.category, UserWarning)]
         found = Scored(scores, halves[0] if halves else None, lines, time.perf_counter() - start)
@@ -155,6 +154,15 @@ class Share(Sequence[Any]):
             place = self.first + self.step * number
             self.rng.manual_seed(generator(self.seed, f"time {time} batch {place}{self.drawer}").initial_seed())
             yield batch
+
+
+def _unusable(scores: Any) -> str | None:
+    """What scores are, where they are no tensor of real numbers."""
+    if not isinstance(scores, Tensor):
+        return type(scores).__name__
+    if scores.device.type == "meta":
+        return "a tensor on the device meta, which holds none"
+    return str(scores.dtype) if scores.is_complex() else None
 
 
 def _merged(found: Curvature) -> Curvature:

@@ -12,6 +12,7 @@ from fakes import fake_run, with_accuracy, write_spec
 from scipy import stats
 from typer.testing import CliRunner
 
+from hap import HapError
 from hap.harness import cli, compare, comparison, store
 from hap.harness.differences import Pairs, differences
 from hap.harness.lint import lint
@@ -136,6 +137,28 @@ def test_an_edit_of_the_package_runs_it_anew(tmp_path, monkeypatch):
     assert compare.rival("edited.a:f", {}, "score").folder != before
 
 
+def test_a_namespace_package_is_known_by_what_is_in_its_folder(tmp_path, monkeypatch):
+    package = tmp_path / "unmarked"
+    package.mkdir()
+    (package / "a.py").write_text("def f(model, loss, batches, groups, *, rng): return 1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rival = compare.rival("unmarked.a:f", {}, "score")
+    assert compare.rival("unmarked.a:f", {}, "score") == rival
+    function = rival.ref.load()
+    says = r"^unmarked.a:f: raised ZeroDivisionError: .* \(in a.py, line 1\)$"
+    with pytest.raises(HapError, match=says), compare.blaming(rival):
+        function(0, 0, 0, 0, rng=0)
+    (package / "helper.py").write_text("x = 1\n")
+    assert compare.rival("unmarked.a:f", {}, "score").folder != rival.folder
+
+
+def test_a_module_that_exits_when_it_is_imported_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "script_of_a_stranger.py").write_text("import sys\nsys.exit('usage: none')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(HapError, match=r"script_of_a_stranger:f: must name a function .* \(SystemExit: usage: none"):
+        compare.rival("script_of_a_stranger:f", {}, "score")
+
+
 def test_record_keeps_the_result_where_no_spec_reads_it(folder):
     before, found = files(folder), lint(Path("reproductions"), Path("results"))
     told = hap("compare", "strangers:score", "--spec", "tiny", "--record", "--against", "hap@50")
@@ -198,6 +221,26 @@ ON_TINY = [
     (["broken"], "strangers:broken: raised ZeroDivisionError: division by zero (in strangers.py, line "),
     (["no_plan", "--role", "method"], "strangers:no_plan: a model and its Plan expected, found Sequential"),
     (["no_module", "--role", "implant"], "strangers:no_module: "),
+    (["leaves"], "strangers:leaves: raised SystemExit: no license (in strangers.py, line "),
+    (["meta"], "strangers:meta: a tensor of 80 real numbers expected, found a tensor on the device meta"),
+    (
+        ["padded", "--role", "implant"],
+        "strangers:padded: tiny: a model that takes the example of tiny expected, found ",
+    ),
+    *(
+        ([name, "--role", "method"], f"strangers:{name}: {says}")
+        for name, says in {
+            "sparing": "a plan that removes 0.5 of the params expected, found 0.0",
+            "boasting": "a plan that removes 0.5 of the params expected, found 0.0",
+            "untouched": "the pruned model must be the one planned, with 0.50",
+            "itself": "a pruned copy of the model expected, found the model itself",
+            "another": "the pruned model must be the one planned, with 0.50",
+            "stuck": "a model that takes the example of tiny expected, found RuntimeError: ",
+            "squeezed": "a model with outputs of shape [[1, 10]] expected, as before, found [[5, 2]]",
+            "of_others": "plan: 0 with 16 rows expected, as in the model, found 0",
+            "not_json": "a plan that JSON can hold expected, found TypeError: ",
+        }.items()
+    ),
 ]
 OTHERWISE = [
     ([], "compare: a function and --spec are needed; --list names the specs"),
@@ -321,6 +364,22 @@ def test_the_sentences_say_what_was_not_the_same(spec):
     assert "times cannot be compared. They are of another state of the code, commit abc. --rerun" in text
     assert "not the same for seed 0: pairs share less" in text
     assert "an unofficial copy" in text
+
+
+def test_a_method_that_misses_the_budget_is_neither_better_nor_ranked(spec):
+    """A ratio of groups may be missed, for the published code does; what is better with less pruned says nothing."""
+    given = pairs(spec, {"hap@50": [5.0, 5.1, 5.2], "hap@70": [5.0, 5.1, 5.3]})
+    mine = [replace(run, plan={**run.plan, "removed": {"params": 0.4}}) for run in given[0].mine]
+    given[0] = replace(given[0], mine=mine)
+    found = differences(spec, given)
+    assert [(each.verdict, each.short) for each in found] == [("open", True), ("better", False)]
+    table = "head\n\n" + comparison.quality(given, found, "hap")
+    assert [row[-1] for row in rows(table)] == ["rank", "budget missed", "1 of 1"]
+    text = sentences(spec, given)
+    assert "better than hap before fine-tuning in hap@70" in text
+    assert "prunes less than the budget asks (0.5 of the params in hap@50): budgets differ, so nothing" in text
+    alone = sentences(spec, given[:1])
+    assert "Nothing can be concluded. Your method prunes less" in alone
 
 
 def test_every_spec_of_ours_has_cases_of_hap_first():

@@ -250,6 +250,36 @@ def test_a_method_takes_the_place_of_score_plan_and_apply(coupling):
     assert "prune" in by_method.seconds
 
 
+def trained(task, groups, budget, *, rng):
+    """A method that changes the weights that are left, and tells nothing of what it removed."""
+    pruned, chosen = halve(task, groups, budget, rng=rng)
+    with torch.no_grad():
+        for p in pruned.parameters():
+            p.mul_(0.5)
+    return pruned, replace(chosen, removed={}, budget={"steps": 3})
+
+
+@pytest.mark.parametrize("budget", [Budget(params=0.4), Budget(macs=0.4)])
+def test_a_method_may_train_and_its_plan_is_worked_out_from_its_rows(budget):
+    parts = {"score": None, "implant": None, "budget": budget, "finetune": None}
+    mine, plain = (run(changed(method=Ref(use=f"{__name__}:{use}"), **parts), 0) for use in ("trained", "halve"))
+    assert mine.metrics["one_shot"] != plain.metrics["one_shot"]
+    assert mine.plan == {**plain.plan, "budget": {"steps": 3, **plain.plan["budget"]}}
+    assert mine.plan["removed"][budget.unit] >= budget.target
+
+
+@pytest.mark.parametrize("implant", [0.0, 0.1])
+@pytest.mark.parametrize("unit", ["params", "macs", "groups"])
+def test_the_published_planning_is_accepted(unit, implant):
+    """Also where its ratio of groups counts the rows of the classifier, which stay, and so removes fewer."""
+    method = Ref(use="hap.harness.upstream:published", options={"score": "hap.methods:magnitude"})
+    parts = {"score": None, "implant": None, "finetune": None, "coupling": "union"}
+    budget = Budget(**{unit: 0.4}, implant=implant)
+    made = run(changed(method=method, budget=budget, **parts), 0)
+    assert unit == "groups" or made.plan["removed"][unit] >= 0.4
+    assert "ratio" in made.plan["budget"]
+
+
 def test_a_model_that_is_not_the_one_planned_is_refused(monkeypatch):
     made = task(0)
     groups = couple(made.model, trace(made.model, made.example), "union")
