@@ -4,7 +4,8 @@ Of each record: its sums and keys, the differences that follow from the costs be
 rule selects. Of records beside each other: one dense network and one convention for MACs for a workload, the published
 accuracy where the spec gives it (`bases`), equal budgets and workloads where a claim compares, no copies. Of each table
 we print: a row for each case, the numbers of its records, its selection rule and its convention. Tables and VERDICTS.md
-must be what the records give today, byte for byte, and nothing may lie beside them.
+must be what the records give today, byte for byte, and nothing may lie beside them. Comparisons (`recorded`) follow
+from the runs that they hold.
 
 What it cannot know: whether a record was made as it says. `hap run --again` does.
 """
@@ -18,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from hap import HapError
-from hap.harness import integrity, report, store, summary, tables
+from hap.harness import integrity, recorded, report, store, summary, tables
 from hap.harness.integrity import BROKEN
 from hap.harness.run import Run
 from hap.harness.spec import Case, Spec, find_specs, load_spec
@@ -61,6 +62,8 @@ def lint(folder: Path, results: Path) -> list[Finding]:
             found += _table(spec, runs, results / "tables" / spec.name)
     whole = [run for runs in every.values() for each in runs.values() for run in each]
     found += [Finding(_file(run, results), rule, told) for run, rule, told in integrity.networks(whole)]
+    named = {spec.name: spec for spec in read.values()}
+    found += [Finding(*wrong) for wrong in recorded.comparisons(results, named)]
     return found + list(_printed(folder, list(read.values()), every, results))
 
 
