@@ -3,14 +3,15 @@
 Of each record: its sums and keys, the differences that follow from the costs beside them, its plan, the epoch that its
 rule selects. Of records beside each other: one dense network and one convention for MACs for a workload, the published
 accuracy where the spec gives it (`bases`), equal budgets and workloads where a claim compares, no copies. Of each table
-we print: a row for each case, the numbers of its records, its selection rule and its convention. Tables and VERDICTS.md
-must be what the records give today, byte for byte, and nothing may lie beside them. Comparisons (`recorded`) follow
-from the runs that they hold.
+we print: a row for each case, the numbers of its records, its selection rule and its convention. Tables, VERDICTS.md
+and index.html must be what the records give today, byte for byte (the page where it can be drawn, but for its scripts),
+and nothing may lie beside the tables. Comparisons (`recorded`) follow from the runs that they hold.
 
 What it cannot know: whether a record was made as it says. `hap run --again` does.
 """
 
 import csv
+import re
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -19,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from hap import HapError
-from hap.harness import integrity, recorded, report, store, summary, tables
+from hap.harness import integrity, page, plots, recorded, report, store, summary, tables
 from hap.harness.integrity import BROKEN
 from hap.harness.run import Run
 from hap.harness.spec import Case, Spec, find_specs, load_spec
@@ -29,6 +30,7 @@ STATED = {
     "selection rule": "*Selected*: the epoch that is best on the validation split.",
     "convention for MACs": "MACs are those of convolutions and linear layers; FLOPs would be twice as many.",
 }
+SCRIPT = b"<script>"  # where those of the page begin
 DIGITS = 1e-5  # a CSV has six
 
 
@@ -115,15 +117,15 @@ def _record(file: Path, spec: Spec, case: Case, whole: list[Run]) -> Findings:
 
 def _table(spec: Spec, runs: Runs, stem: Path) -> Findings:
     """What is wrong with the table of a spec that has records: its rows, its numbers and what it states."""
-    page, sheet = stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.csv")
-    for file in (page, sheet):
+    shown, sheet = stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.csv")
+    for file in (shown, sheet):
         if not file.is_file():
             yield Finding(file, "a spec with records must have a table", "none")
             return
-    text = page.read_text("utf-8", errors="replace")  # what is no UTF-8 is not what the records give
+    text = shown.read_text("utf-8", errors="replace")  # what is no UTF-8 is not what the records give
     for what, sentence in STATED.items():
         if sentence not in " ".join(text.split()):
-            yield Finding(page, f"the {what} must be stated: {sentence}", "no such sentence")
+            yield Finding(shown, f"the {what} must be stated: {sentence}", "no such sentence")
     with sheet.open(encoding="utf-8", errors="replace", newline="") as stream:
         try:
             rows = {row.get("case"): row for row in csv.DictReader(stream)}
@@ -132,7 +134,7 @@ def _table(spec: Spec, runs: Runs, stem: Path) -> Findings:
             return
     for name in spec.cases:
         if name not in rows or f"| `{name}` |" not in text:
-            yield Finding(sheet if name not in rows else page, f"a row must be there for case {name}", "none")
+            yield Finding(sheet if name not in rows else shown, f"a row must be there for case {name}", "none")
         elif runs[name]:
             yield from (
                 Finding(sheet, rule, found) for rule, found in _numbers(name, rows[name], runs[name], spec.metric)
@@ -156,7 +158,7 @@ def _numbers(name: str, row: Mapping[str, str], runs: list[Run], metric: str) ->
 
 
 def _printed(folder: Path, specs: list[Spec], runs: Mapping[str, Runs], results: Path) -> Findings:
-    """Tables and VERDICTS.md that are not, byte for byte, what the records give, and what lies beside the tables."""
+    """Tables and pages that are not, byte for byte, what the records give, and what lies beside the tables."""
     beside = _beside(results)
     with TemporaryDirectory(prefix="hap-") as scratch:
         fresh = Path(scratch)
@@ -170,12 +172,15 @@ def _printed(folder: Path, specs: list[Spec], runs: Mapping[str, Runs], results:
             elif here or any(runs[spec.name].values()):
                 tables.tables(spec, runs[spec.name], fresh)
         try:
-            summary.summary(report.entries(folder, fresh), fresh)
+            entries = report.entries(folder, fresh)
+            summary.summary(entries, fresh)
+            if not plots.missing():
+                page.write(entries, fresh)
         except (HapError, *BROKEN) as error:
             yield Finding(results / "VERDICTS.md", "verdicts must be what the records give", error)
-        wanted = {results / new.relative_to(fresh): new for new in [*_beside(fresh), *fresh.glob("VERDICTS.md")]}
+        wanted = {results / new.relative_to(fresh): new for new in [*_beside(fresh), *fresh.glob("*")] if new.is_file()}
         for there, new in wanted.items():
-            if not there.is_file() or there.read_bytes() != new.read_bytes():
+            if not there.is_file() or _told(there) != _told(new):
                 found = _difference(there, new) if there.is_file() else "none"
                 yield Finding(there, "it must be what the records give, which `hap report` writes", found)
     for file in beside:
@@ -192,6 +197,12 @@ def _beside(results: Path) -> list[Path]:
 
 def _of(spec: Spec, file: Path, results: Path) -> bool:
     return file.parent == results / "tables" and file.stem == spec.name
+
+
+def _told(file: Path) -> bytes:
+    """What must be equal: of the page, no scripts, for they are of the versions of the libraries that drew it."""
+    whole = file.read_bytes()
+    return re.sub(rb'"\$schema":"[^"]*"', b"", whole.partition(SCRIPT)[0]) if file.name == "index.html" else whole
 
 
 def _difference(there: Path, fresh: Path) -> str:

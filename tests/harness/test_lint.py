@@ -326,10 +326,15 @@ def test_a_table_that_is_not_what_the_records_give_is_found(folder, name, old, n
     assert any(line.startswith(f"results/{name}: {told}") for line in found(folder))
 
 
-@pytest.mark.parametrize("name", ["tables/table.md", "tables/table.csv", "VERDICTS.md"])
+@pytest.mark.parametrize("name", ["tables/table.md", "tables/table.csv", "VERDICTS.md", "index.html"])
 def test_a_page_that_is_missing_is_found(folder, name):
     (folder / "results" / name).unlink()
     assert any(line.startswith(f"results/{name}: ") and line.endswith("(found none)") for line in found(folder))
+
+
+def test_a_page_with_another_number_is_found(folder):
+    edited(folder, "index.html", "94.10", "94.30")
+    assert [line.partition(" (found")[0] for line in found(folder)] == [f"results/index.html: {RECORDS_GIVE}"]
 
 
 def test_a_table_of_no_spec_is_found(folder):
@@ -378,6 +383,7 @@ def test_a_spec_without_records_needs_no_table(tmp_path):
     write_spec(tmp_path)
     results = tmp_path / "results"
     report.summary(report.entries(tmp_path / "reproductions", results), results)
+    report.page.write(report.entries(tmp_path / "reproductions", results), results)
     assert found(tmp_path) == []
 
 
