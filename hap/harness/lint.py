@@ -174,7 +174,7 @@ def _printed(folder: Path, specs: list[Spec], runs: Mapping[str, Runs], results:
         try:
             entries = report.entries(folder, fresh)
             summary.summary(entries, fresh)
-            if not plots.missing():
+            if not plots.missing() and not any(tables.lacking(spec, runs[spec.name]) for spec in specs):
                 page.write(entries, fresh)
         except (HapError, *BROKEN) as error:
             yield Finding(results / "VERDICTS.md", "verdicts must be what the records give", error)
