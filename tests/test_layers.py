@@ -43,8 +43,8 @@ HARNESS = (
     "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
     "cases spec scoring returned run shapes architecture pretrained parts store statistics evidence judge plugin "
     "markup fates tables summary plots page report "
-    "integrity lint rehearsal pipeline doctor progress fanout making bill pricing estimate terminal detect history "
-    "regressions speed nightly differences comparison compare commands cli"
+    "rehearsal pipeline doctor progress fanout making bill pricing estimate terminal detect history "
+    "regressions speed nightly differences comparison compare integrity recorded lint commands cli"
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 

@@ -8,22 +8,30 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
+from itertools import combinations
 from typing import Any
 
 from hap.harness.run import Run
 from hap.harness.spec import Base, Case
+from hap.harness.tasks import glue
 
 NEAR = 1e-9
 SIZES = ("params", "macs", "prunable")  # of a budget: what it is a share of
 POINT = 0.01  # how far apart two cases may end up of one budget: groups are not divisible
 Wrong = Iterator[tuple[str, object]]  # the rule, what was found
+# what a record raises where a part is missing, or is not what it should be
+BROKEN = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
-def record(run: Run, case: Case) -> Wrong:
-    """What is wrong with a record of a case by itself."""
+def record(run: Run, case: Case, shown: str) -> Wrong:
+    """What is wrong with a record of a case by itself; `shown` is the metric of its spec; raises one of BROKEN."""
     yield from _hashes(run, case)
     yield from _deltas(run)
-    yield from _selected(run)
+    yield from _planned(run)
+    yield from _selected(run, _metric(run, shown))
+    for unit in ("params", "macs"):
+        _removed(run, unit)  # what is checked of records beside each other must be there
+    _shared(run)
 
 
 def _hashes(run: Run, case: Case) -> Wrong:
@@ -54,7 +62,26 @@ def _deltas(run: Run) -> Wrong:
             yield f"plan.removed.{unit} must be 1 - {after} / {before}", told
 
 
-def _selected(run: Run) -> Wrong:
+def _planned(run: Run) -> Wrong:
+    rows, removed = run.plan.get("rows"), run.plan.get("removed")
+    if not (isinstance(rows, dict) and rows and all(re.fullmatch("[#o-]+", str(line)) for line in rows.values())):
+        yield "plan.rows must be a line of '#', 'o' and '-' for each module", f"{rows!r:.80}"
+    for unit in ("params", "macs"):
+        share = removed.get(unit) if isinstance(removed, dict) else None
+        if not (isinstance(share, int | float) and math.isfinite(share)):
+            yield f"plan.removed.{unit} must be a share", share
+
+
+def _metric(run: Run, shown: str) -> str:
+    """That by which the task of a record selects epochs; a stranger's task is not asked, and has that of the spec."""
+    task = run.config["task"]
+    if (data := task["options"].get("data")) in glue.TASKS:
+        return glue.TASKS[data].metric
+    ours = task["use"].startswith("hap.") or shown not in run.metrics["selected"]
+    return "accuracy" if ours else shown
+
+
+def _selected(run: Run, metric: str) -> Wrong:
     metrics, tests = run.metrics, [epoch["test"] for epoch in run.epochs]
     if not tests:
         for stage in ("selected", "last", "best_test_epoch"):
@@ -63,32 +90,51 @@ def _selected(run: Run) -> Wrong:
         return
     if metrics["last"] != tests[-1]:
         yield "last must be the test of the last epoch", metrics["last"]
-    names = [name for name in tests[0] if name != "loss"]
-    ruled = [test for name in names for test in _best([epoch["validation"] for epoch in run.epochs], tests, name)]
-    if metrics["selected"] not in ruled:
-        yield "selected must be the test of the epoch that is best on the validation split", metrics["selected"]
-    if metrics["best_test_epoch"] not in [test for name in names for test in _best(tests, tests, name)]:
-        yield "best_test_epoch must be the best test of an epoch", metrics["best_test_epoch"]
+    chosen = _best([epoch["validation"] for epoch in run.epochs], metric)
+    if metrics["selected"] != tests[chosen]:
+        rule = "selected must be the test of the epoch that is best on the validation split"
+        yield f"{rule}, {chosen}, by {metric}, then loss, then time", metrics["selected"]
+    if metrics["best_test_epoch"] != tests[_best(tests, metric)]:
+        yield f"best_test_epoch must be the best test of an epoch, by {metric}", metrics["best_test_epoch"]
 
 
-def _best(by: Sequence[Mapping[str, float]], tests: list[dict[str, float]], metric: str) -> list[dict[str, float]]:
-    """The tests of the epochs that none is better than by a metric; epochs may be equal."""
-    values = [each.get(metric, -math.inf) for each in by]
-    return [test for test, value in zip(tests, values, strict=True) if value == max(values)]
+def _best(by: Sequence[Mapping[str, float]], metric: str) -> int:
+    """The epoch of highest metric; of equals, that of lower loss, then the earlier."""
+    return max(range(len(by)), key=lambda i: (by[i][metric], -by[i]["loss"], -i))
+
+
+def copied(runs: Sequence[Run]) -> Iterator[tuple[Run, str, object]]:
+    """The runs of one case that cannot have been made on their own, for a clock or a draw never gives the same twice.
+
+    Without fine-tuning equal metrics tell nothing: a case may draw nothing.
+    """
+    for other, run in combinations(runs, 2):
+        if run.seconds == other.seconds:
+            yield run, "its seconds must be its own", f"those of seed {other.seed}"
+        elif run.epochs and _untimed(run) == _untimed(other):
+            yield run, "its epochs must be its own", f"those of seed {other.seed}"
+
+
+def _untimed(run: Run) -> list[dict[str, Any]]:
+    return [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in run.epochs]
+
+
+def _shared(run: Run) -> dict[str, tuple[str, object]]:
+    """What a record has in common with others: its name, whose it is, its value."""
+    task = json.dumps(run.config["task"], sort_keys=True)
+    return {
+        f"the dense accuracy of seed {run.seed}": (task, run.metrics["dense"]["accuracy"]),
+        "the parameters of the dense network": (task, run.cost["dense"]["params"]),
+        "the MACs of the dense network, by one convention,": (task, run.cost["dense"]["macs"]),
+        "the sha256 of the data": (run.data["name"], run.data["sha256"]),
+    }
 
 
 def networks(runs: Iterable[Run]) -> Iterator[tuple[Run, str, object]]:
     """The runs whose dense network, or whose data, is not that of the first run of the same workload."""
     first: dict[str, object] = {}
     for run in runs:
-        task, data = json.dumps(run.config["task"], sort_keys=True), run.data
-        told = {
-            f"the dense accuracy of seed {run.seed}": (task, run.metrics["dense"]["accuracy"]),
-            "the parameters of the dense network": (task, run.cost["dense"]["params"]),
-            "the MACs of the dense network, by one convention,": (task, run.cost["dense"]["macs"]),
-            "the sha256 of the data": (data["name"], data["sha256"]),
-        }
-        for what, (whose, value) in told.items():
+        for what, (whose, value) in _shared(run).items():
             known = first.setdefault(f"{what} {whose}", value)
             if known != value:
                 yield run, f"{what} must be that of the other records, {known}", value

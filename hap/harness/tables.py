@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from hap import HapError
 from hap.harness.files import atomic_write
 from hap.harness.markup import latex, markdown, plain
 from hap.harness.run import Run
@@ -71,9 +72,23 @@ def columns(spec: Spec) -> tuple[Column, ...]:
 
 
 def frame(spec: Spec, runs: Runs) -> pd.DataFrame:
-    """A row a case: seeds, mean and standard deviation of each column, whose data; below, a row a reported number."""
+    """A row a case: seeds, mean and standard deviation of each column, whose data; below, a row a reported number.
+
+    HapError where a record does not have the metric of the spec.
+    """
+    if found := lacking(spec, runs):
+        raise HapError(f"{spec.name}.toml: metric {spec.metric} must be in all of its records (found {found})")
     ours = [_row(spec, name, runs.get(name, [])) for name in spec.cases]
     return pd.DataFrame([*ours, *map(_reported, spec.reported)]).astype({"seeds": "Int64", "seeds_wanted": "Int64"})
+
+
+def lacking(spec: Spec, runs: Runs) -> str:
+    """The first record that does not have the metric of the spec, and what it has instead; empty where all have it."""
+    for run in (run for each in runs.values() for run in each):
+        for stage in STAGES:
+            if spec.metric not in run.metrics[stage]:
+                return f"{', '.join(run.metrics[stage])} in {stage} of {run.case} seed {run.seed}"
+    return ""
 
 
 def tables(spec: Spec, runs: Runs, results: Path) -> list[Path]:

@@ -178,6 +178,70 @@ def test_record_keeps_the_result_where_no_spec_reads_it(folder):
         file.unlink()
 
 
+def damaged(table, damage):
+    """The JSON of a recorded comparison with one thing changed."""
+    damage(table)
+    return json.dumps(table, indent=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda table: table["differences"][0].update(mine=99.0), "must be the mean of its runs"),
+        (lambda table: table["differences"][0].update(mean=9.0), "mean must be"),
+        (lambda table: table["differences"][0].update(p=float("nan")), "numbers must be finite"),
+        (lambda table: table["differences"][0].update(case="gone"), "must be whole"),
+        (lambda table: table["runs"].pop(), "with the seeds [0, 1, 2] of hap@50 (found [0, 1])"),
+        (lambda table: table["runs"].append({}), "must be whole"),
+        (lambda table: table["runs"][1].update(seconds=table["runs"][0]["seconds"]), "its seconds must be its own"),
+        (lambda table: table["runs"][1]["metrics"]["selected"].update(accuracy=99.0), "selected must be"),
+        (lambda table: table["function"].update(use="strangers:worst"), "its name must be strangers-worst-"),
+        (lambda table: table.pop("role"), "must be whole"),
+        (lambda table: table.update(schema=0), "schema must be 1 (found 0)"),
+    ],
+)
+def test_what_is_wrong_with_a_recorded_comparison_is_found(folder, damage, told):
+    before = files(folder)
+    hap("compare", "strangers:score", "--spec", "tiny", "--record", "--against", "hap@50")
+    file = next((folder / "results" / "compare" / "tiny").glob("*.json"))
+    file.write_text(damaged(json.loads(file.read_text()), damage))
+    lines = [each.line for each in lint(Path("reproductions"), Path("results")) if "compare" in str(each.file)]
+    for new in files(folder).keys() - before.keys():
+        new.unlink()
+    assert any(told in line for line in lines), lines
+
+
+def test_files_that_are_no_comparison_are_found(folder):
+    before = files(folder)
+    hap("compare", "strangers:score", "--spec", "tiny", "--record", "--against", "hap@50")
+    record, page = sorted((folder / "results" / "compare" / "tiny").iterdir())
+    whole, text = record.read_bytes(), page.read_text()
+
+    def told():
+        return [each.line for each in lint(Path("reproductions"), Path("results")) if "compare" in str(each.file)]
+
+    assert told() == []
+    for damage in (b"{", b"\xff", b"[]", b"null", b"{}"):
+        record.write_bytes(damage)
+        assert [line.partition(" (")[0].endswith("a comparison must be whole") for line in told()] == [True]
+    record.write_bytes(whole)
+    page.write_text(text.replace("strangers:score in", "Something in"))
+    assert [line for line in told() if "the head must be what its JSON gives" in line]
+    page.write_text(text.replace(text.split("\n\n")[3], "All is proven."))
+    assert [line for line in told() if "the conclusion must be what its JSON gives" in line]
+    page.write_text("")
+    assert told()
+    page.unlink()
+    assert [f"{page.name} must lie beside it (found none)" in line for line in told()] == [True]
+    page.write_text(text)
+    record.unlink()
+    assert [f"{record.name} must lie beside it (found none)" in line for line in told()] == [True]
+    page.rename(page.with_suffix(".txt"))
+    assert ["a comparison must be <spec>/" in line for line in told()] == [True]
+    for new in files(folder).keys() - before.keys():
+        new.unlink()
+
+
 @pytest.mark.parametrize(("use", "role", "case"), [("method", "method", "hap@50"), ("implant", "implant", "implanted")])
 def test_a_method_and_an_implant_are_compared_too(folder, use, role, case):
     told = hap("compare", f"strangers:{use}", "--role", role, "--spec", "tiny", "--against", case)

@@ -6,12 +6,13 @@ import pytest
 from fakes import SPEC, fake_run, write_spec
 from typer.testing import CliRunner
 
-from hap.harness import cli, report, store
+from hap.harness import cli, integrity, report, store
 from hap.harness.lint import lint
 from hap.harness.spec import load_spec
 
 ROOT = Path(__file__).parents[2]
 RECORDS_GIVE = "it must be what the records give, which `hap report` writes"
+ROWS = {"conv": "##--"}
 BASE = '\n[[bases]]\ntask = "fakes:task"\naccuracy = 95\ntolerance = 0.1\nsource = "somebody\'s README"\n'
 
 
@@ -26,7 +27,7 @@ def honest(case, seed):
     removed = {"params": 1 - 280 / 1000, "macs": 1 - 2000 / 5000, "groups": 0.5}
     metrics = {**made.metrics, "last": last}
     code = {**made.code, "commit": "a" * 40}
-    return replace(made, metrics=metrics, epochs=epochs, plan={"removed": removed}, code=code)
+    return replace(made, metrics=metrics, epochs=epochs, plan={"removed": removed, "rows": ROWS}, code=code)
 
 
 @pytest.fixture
@@ -98,10 +99,13 @@ COST = fake_run(load_case(), 1).cost
         ),
         (
             {"metrics": stages(selected=94.6)},
-            "selected must be the test of the epoch that is best on the validation split (found {'accuracy': 94.6, *",
+            "selected must be the test of the epoch that is best on the validation split, 1, by accuracy, *",
         ),
         ({"metrics": stages(last=1.0)}, "last must be the test of the last epoch (found {'accuracy': 1.0, *"),
-        ({"metrics": stages(best_test_epoch=99.0)}, "best_test_epoch must be the best test of an epoch (found *"),
+        (
+            {"metrics": stages(best_test_epoch=99.0)},
+            "best_test_epoch must be the best test of an epoch, by accuracy (found *",
+        ),
         ({"epochs": []}, "selected must be one_shot, for nothing was fine-tuned (found *"),
         ({"metrics": stages(dense=94.7)}, "the dense accuracy must be 95 ± 0.1, somebody's README (found 94.7)"),
         (
@@ -129,6 +133,116 @@ def test_what_is_wrong_with_a_record_is_found(folder, changes, told):
     assert [line for line in lines if head in line], lines
     if "other records" not in told:
         assert any(line.startswith(f"{file}: {head}") for line in lines)
+
+
+ROW = {"validation": {"accuracy": 91.0, "loss": 0.3}, "test": {"accuracy": 94.1, "loss": 0.06}}
+TIES = [ROW, {**ROW, "test": {"accuracy": 93.0, "loss": 0.07}}]
+
+
+@pytest.mark.parametrize(
+    ("second", "right", "epoch"),
+    [
+        ({"accuracy": 91.0, "loss": 0.3}, 0, "the earlier"),
+        ({"accuracy": 91.0, "loss": 0.2}, 1, "that of lower loss"),
+        ({"accuracy": 91.0, "loss": 0.4}, 0, "that of lower loss"),
+    ],
+)
+def test_of_epochs_that_are_equal_one_is_selected(folder, second, right, epoch):
+    epochs = [TIES[0], {**TIES[1], "validation": second}]
+    tests = [each["test"] for each in epochs]
+    for chosen in (0, 1):
+        metrics = {
+            **honest(load_case(), 1).metrics,
+            "selected": tests[chosen],
+            "last": tests[1],
+            "best_test_epoch": tests[0],
+        }
+        spoilt(folder, epochs=epochs, metrics=metrics)
+        lines = found(folder)
+        assert bool(lines) == (chosen != right), (epoch, lines)
+        assert all(f"best on the validation split, {right}, by accuracy" in line for line in lines)
+
+
+def test_a_task_of_glue_selects_by_its_own_metric(folder):
+    """Whatever the spec shows."""
+    use = {"use": "hap.harness.tasks.glue_minilm:task", "options": {"data": "MRPC"}}
+    run = honest(load_case(), 1)
+    rows = [
+        {**row, **{part: {**row[part], "f1": 90.0 - i} for part in ("validation", "test")}}
+        for i, row in enumerate(TIES)
+    ]
+    assert [rule for rule, _ in integrity._selected(replace(run, epochs=rows), "f1")][-1].startswith("best_test_epoch")
+    assert integrity._metric(replace(run, config={"task": use}), "accuracy") == "f1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"plan": {}}, "plan.rows must be a line of '#', 'o' and '-' for each module (found None)"),
+        ({"plan": {}}, "plan.removed.macs must be a share (found None)"),
+        ({"plan": {"rows": ROWS, "removed": {"macs": 0.6}}}, "plan.removed.params must be a share (found None)"),
+        (
+            {"plan": {"rows": {"conv": "x"}}},
+            "plan.rows must be a line of '#', 'o' and '-' for each module (found {'con",
+        ),
+    ],
+)
+def test_a_record_without_its_plan_is_found(folder, changes, told):
+    assert f"{spoilt(folder, **changes)}: {told}" in " ".join(found(folder))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda table: table["epochs"][0].pop("test"),
+        lambda table: table["epochs"][1]["validation"].pop("accuracy"),
+        lambda table: table["cost"]["dense"].update(params=0),
+        lambda table: table["cost"]["dense"].update(macs="5000"),
+        lambda table: table["data"].pop("official"),
+        lambda table: table["plan"].update(removed=[1]),
+        lambda table: table["config"].pop("task"),
+    ],
+)
+def test_a_broken_record_is_one_finding_and_hides_no_other(folder, broken):
+    """Whoever finds it, the store or what is worked out from it."""
+    other = spoilt(folder, seed=2, metrics=stages(dense=94.7))
+    file = folder / spoilt(folder)
+    table = json.loads(file.read_text())
+    broken(table)
+    file.write_text(json.dumps(table))
+    lines = found(folder)
+    mine = [line for line in lines if line.startswith(str(file.relative_to(folder)))]
+    assert len(mine) == 1, lines
+    assert "a record must " in mine[0]
+    assert any(line.startswith(f"{other}: the dense accuracy must be 95") for line in lines)
+
+
+@pytest.mark.parametrize("retimed", [False, True])
+def test_a_copy_of_a_record_as_another_seed_is_found(folder, retimed):
+    made = honest(load_spec(folder / "reproductions" / "table.toml").cases["hap"], 0)
+    seconds = {name: value + retimed for name, value in made.seconds.items()}
+    file = spoilt(folder, **{**vars(made), "seed": 1, "seconds": seconds})
+    what = "epochs" if retimed else "seconds"
+    assert found(folder) == [f"{file}: its {what} must be its own (found those of seed 0)"]
+
+
+def test_two_specs_cannot_disagree_on_a_workload(folder):
+    path = folder / "reproductions" / "other.toml"
+    path.write_text((folder / "reproductions" / "table.toml").read_text())
+    case, cost = load_spec(path).cases["hap"], {name: {**each, "macs": each["macs"] * 2} for name, each in COST.items()}
+    store.save(replace(honest(case, 0), cost=cost), folder / "results")
+    report.write([path], folder / "results")
+    assert any("table/" in line and "by one convention, must be that of the other" in line for line in found(folder))
+
+
+def test_a_metric_that_the_records_do_not_have_is_found(folder, monkeypatch):
+    path = folder / "reproductions" / "table.toml"
+    path.write_text(path.read_text().replace("seeds =", 'metric = "f1"\nseeds =', 1))
+    told = "metric f1 must be in all of its records (found accuracy, loss in dense of hap seed 0)"
+    assert found(folder) == [f"reproductions/table.toml: {told}"]
+    monkeypatch.chdir(folder)
+    shown = CliRunner().invoke(cli.app, ["report", "table"])
+    assert (shown.exit_code, shown.stderr.splitlines()[-1]) == (2, f"hap: table.toml: {told}")
 
 
 def test_a_key_that_is_not_of_its_config_is_found(folder):
@@ -177,7 +291,8 @@ def test_budgets_that_differ_between_cases_that_are_compared_are_found(folder):
 
 def test_sizes_that_differ_between_cases_that_are_compared_are_found(folder):
     cost = {**COST, "pruned": {**COST["pruned"], "params": 300}}
-    spoilt(folder, "random", cost=cost, plan={})
+    removed = {"params": 1 - 300 / 1000, "macs": 1 - 2000 / 5000}
+    spoilt(folder, "random", cost=cost, plan={"rows": ROWS, "removed": removed})
     assert found(folder) == [
         "reproductions/table.toml: claims[2]: hap and random must be pruned alike to 1 point "
         "(found 72 % and 70 % of the params, seed 1)"
@@ -211,10 +326,15 @@ def test_a_table_that_is_not_what_the_records_give_is_found(folder, name, old, n
     assert any(line.startswith(f"results/{name}: {told}") for line in found(folder))
 
 
-@pytest.mark.parametrize("name", ["tables/table.md", "tables/table.csv", "VERDICTS.md"])
+@pytest.mark.parametrize("name", ["tables/table.md", "tables/table.csv", "VERDICTS.md", "index.html"])
 def test_a_page_that_is_missing_is_found(folder, name):
     (folder / "results" / name).unlink()
     assert any(line.startswith(f"results/{name}: ") and line.endswith("(found none)") for line in found(folder))
+
+
+def test_a_page_with_another_number_is_found(folder):
+    edited(folder, "index.html", "94.10", "94.30")
+    assert [line.partition(" (found")[0] for line in found(folder)] == [f"results/index.html: {RECORDS_GIVE}"]
 
 
 def test_a_table_of_no_spec_is_found(folder):
@@ -222,10 +342,48 @@ def test_a_table_of_no_spec_is_found(folder):
     assert found(folder) == ["results/tables/old.csv: a table must be of a spec (found old)"]
 
 
+def test_a_made_up_table_of_a_spec_without_records_is_found(folder):
+    """One that `hap report` wrote is as it should be."""
+    path, tables = folder / "reproductions" / "bare.toml", folder / "results" / "tables"
+    path.write_text((folder / "reproductions" / "table.toml").read_text())
+    report.write([path], folder / "results")
+    assert found(folder) == []
+    (tables / "bare.md").write_bytes((tables / "table.md").read_bytes())
+    assert [line.partition(" (found")[0] for line in found(folder)] == [f"results/tables/bare.md: {RECORDS_GIVE}"]
+
+
+@pytest.mark.parametrize("name", ["table.xlsx", "more/table.md", "table"])
+def test_what_lies_beside_the_tables_is_found(folder, name):
+    file = folder / "results" / "tables" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("")
+    assert [line.partition(": ")[0] for line in found(folder)] == [f"results/tables/{name}"]
+
+
+@pytest.mark.parametrize("name", ["table.md", "table.csv", "table.tex"])
+def test_a_table_that_is_no_text_is_found(folder, name):
+    file = folder / "results" / "tables" / name
+    file.write_bytes(file.read_bytes().replace(b"hap", b"h\xffp", 1))
+    assert any(line.startswith(f"results/tables/{name}: {RECORDS_GIVE}") for line in found(folder))
+
+
+def test_a_table_without_its_head_is_found(folder):
+    edited(folder, "tables/table.csv", "case,", "name,")
+    assert "results/tables/table.csv: a row must be there for case hap (found none)" in found(folder)
+
+
+@pytest.mark.parametrize("name", ["table.md", "table.csv", "table.tex"])
+def test_a_folder_in_place_of_a_table_is_found(folder, name):
+    (folder / "results" / "tables" / name).unlink()
+    (folder / "results" / "tables" / name).mkdir()
+    assert f"results/tables/{name}: {RECORDS_GIVE} (found none)" in found(folder)
+
+
 def test_a_spec_without_records_needs_no_table(tmp_path):
     write_spec(tmp_path)
     results = tmp_path / "results"
     report.summary(report.entries(tmp_path / "reproductions", results), results)
+    report.page.write(report.entries(tmp_path / "reproductions", results), results)
     assert found(tmp_path) == []
 
 
