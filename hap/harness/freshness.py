@@ -49,6 +49,7 @@ class Age:
 
     state: State
     why: str = ""
+    lost: bool = False  # not known for want of a commit, which another clone may have
 
 
 FRESH = Age("fresh")
@@ -80,7 +81,7 @@ def age(record: Any, newest: Mapping[str, str], package: Path = PACKAGE) -> Age:
         return Age("stale", "what decides it has changed since it was made")
     if before is None:
         lacks = f"git has no commit {clean[:10]} here" if clean else "it names no clean commit"
-        return Age("unknown", f"whether its code is that of today is not known: {lacks}")
+        return Age("unknown", f"whether its code is that of today is not known: {lacks}", lost=bool(clean))
     return _compared(before, _deciding(None, roots, package) or {}, str(clean))
 
 

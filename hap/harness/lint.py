@@ -4,8 +4,9 @@ Of each record: its sums and keys, the differences that follow from the costs be
 rule selects. Of records beside each other: one dense network and one convention for MACs for a workload, the published
 accuracy where the spec gives it (`bases`), equal budgets and workloads where a claim compares, no copies. Of each table
 we print: a row for each case, the numbers of its records, its selection rule and its convention. Tables, VERDICTS.md
-and index.html must be what the records give today, byte for byte (the page where it can be drawn, but for its scripts),
-and nothing may lie beside the tables. Comparisons (`recorded`) follow from the runs that they hold.
+and index.html must be what the records give today, byte for byte, and nothing may lie beside the tables; the two pages
+where git has the commits of the records, the latter where it can be drawn, but for its scripts. Comparisons
+(`recorded`) follow from the runs that they hold.
 
 What it cannot know: whether a record was made as it says. `hap run --again` does.
 """
@@ -173,8 +174,10 @@ def _printed(folder: Path, specs: list[Spec], runs: Mapping[str, Runs], results:
                 tables.tables(spec, runs[spec.name], fresh)
         try:
             entries = report.entries(folder, fresh)
-            summary.summary(entries, fresh)
-            if not plots.missing() and not any(tables.lacking(spec, runs[spec.name]) for spec in specs):
+            told = not any(verdict.age.lost for entry in entries for verdict in entry.verdicts)
+            if told:  # else a clone that is shallow says of the age of the evidence what the pages cannot
+                summary.summary(entries, fresh)
+            if told and not plots.missing() and not any(tables.lacking(spec, runs[spec.name]) for spec in specs):
                 page.write(entries, fresh)
         except (HapError, *BROKEN) as error:
             yield Finding(results / "VERDICTS.md", "verdicts must be what the records give", error)

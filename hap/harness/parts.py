@@ -20,7 +20,6 @@ class Cost(Part):
 class Epoch(Part):
     """An epoch of a training, validated and, after all was decided, tested."""
 
-    epoch: int
     validation: dict[str, float]
     test: dict[str, float]
 

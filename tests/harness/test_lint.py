@@ -26,7 +26,7 @@ def honest(case, seed):
     ]
     removed = {"params": 1 - 280 / 1000, "macs": 1 - 2000 / 5000, "groups": 0.5}
     metrics = {**made.metrics, "last": last}
-    code = {**made.code, "commit": "a" * 40}
+    code = {**made.code, "commit": None}
     return replace(made, metrics=metrics, epochs=epochs, plan={"removed": removed, "rows": ROWS}, code=code)
 
 
@@ -77,14 +77,14 @@ def test_nothing_is_wrong_with_what_is_as_it_should_be(folder):
 
 
 COST = fake_run(load_case(), 1).cost
+CODE = {"commit": "a" * 40, "dirty": False, "sha256": "0" * 64}
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"code": {"commit": "a" * 40, "sha256": "0" * 63}}, f"code.sha256 must be 64 hex digits (found {'0' * 63})"),
-        ({"code": {"commit": "a" * 40}}, "code.sha256 must be 64 hex digits (found None)"),
-        ({"code": {"commit": "abc", "sha256": "0" * 64}}, "code.commit must be 40 hex digits, or null (found abc)"),
+        ({"code": {**CODE, "sha256": "0" * 63}}, f"code.sha256 must be 64 hex digits (found {'0' * 63})"),
+        ({"code": {**CODE, "commit": "abc"}}, "code.commit must be 40 hex digits, or null (found abc)"),
         (
             {"plan": {"removed": {"params": 0.72, "macs": 0.61, "groups": 0.5}}},
             "plan.removed.macs must be 1 - 2000 / 5000 (found 0.61)",
@@ -335,6 +335,20 @@ def test_a_page_that_is_missing_is_found(folder, name):
 def test_a_page_with_another_number_is_found(folder):
     edited(folder, "index.html", "94.10", "94.30")
     assert [line.partition(" (found")[0] for line in found(folder)] == [f"results/index.html: {RECORDS_GIVE}"]
+
+
+def test_where_git_lacks_the_commits_the_pages_are_not_compared_and_the_tables_are(folder):
+    """A clone that is shallow does not know the age of the evidence, of which the pages tell."""
+    for case in load_spec(folder / "reproductions" / "table.toml").cases.values():
+        for seed in (0, 1, 2):
+            made = honest(case, seed)
+            store.save(replace(made, code={**made.code, "commit": "a" * 40}), folder / "results")
+    written(folder)
+    edited(folder, "VERDICTS.md", "HOLDS", "FAILS")
+    edited(folder, "index.html", "94.10", "94.30")
+    assert found(folder) == []
+    edited(folder, "tables/table.md", "94.10", "94.30")
+    assert [line.partition(": ")[0] for line in found(folder)] == ["results/tables/table.md"]
 
 
 def test_a_table_of_no_spec_is_found(folder):
