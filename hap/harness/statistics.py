@@ -152,7 +152,8 @@ def variance(metric: str, value: float, accuracy: float) -> float:
     """What one sample of a test set contributes to the variance of a metric (shares, not percent), times 1.
 
     Accuracy p: p (1 - p). F1: with errors e = 1 - p and hits of the class a = F e / (2 (1 - F)), by the delta method,
-    4 a e (a + e) / (2 a + e)^4. Matthews' correlation r: 1 - r^2, that of a table whose margins are one half [Yule12].
+    4 a e (a + e) / (2 a + e)^4. Matthews' correlation r: 1 - r^2, that of a table whose margins are one half [Yule12];
+    records do not tell the margins, and at those of CoLA, 69 to 31, the error is 5 to 8 % larger (simulated).
     """
     if metric == "matthews":
         return max(0.0, 1 - value**2)
