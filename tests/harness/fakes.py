@@ -1,5 +1,6 @@
 """Functions that a spec of the tests can name, a spec that reads, and runs made up of numbers."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +99,16 @@ def write_spec(folder: Path, text: str = SPEC, name: str = "table") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
+
+
+def edited(record, *steps, to):
+    """A copy of a record with one part replaced."""
+    copied = json.loads(json.dumps(record))
+    part = copied
+    for step in steps[:-1]:
+        part = part[step]
+    part[steps[-1]] = to
+    return copied
 
 
 def fake_run(case: Any, seed: int, **changes: Any) -> Any:

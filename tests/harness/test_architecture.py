@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import HEADED, REAL, SMALL, build, headed
+from fakes import edited
 from torch import nn
 
 from hap import Budget, HapError, Plan, apply, couple, implants, trace
@@ -389,15 +390,6 @@ def test_a_record_is_json_that_a_person_can_read():
     assert entry["width"] == module.width
     assert entry["parts"][0]["kind"] == type(module.parts[0]).__name__
     assert record["types"]["layer1.0.conv1"] == "Conv2d"
-
-
-def edited(record, *steps, to):
-    copied = json.loads(json.dumps(record))
-    part = copied
-    for step in steps[:-1]:
-        part = part[step]
-    part[steps[-1]] = to
-    return copied
 
 
 CONV, PATCH = "layer2.0.shortcut.0", "layer2.0.conv2"

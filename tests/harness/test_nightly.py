@@ -165,27 +165,6 @@ def test_what_breaks_does_not_stop_the_night(made_up, monkeypatch):
     assert "BROKE: ZeroDivisionError" in (made_up / "s.md").read_text()
 
 
-def test_an_interrupted_night_goes_on_with_the_same_seeds(made_up, monkeypatch):
-    seen = []
-
-    def run(case, seed, *, say, keep):
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        seen.append(seed)
-        return fake_run(case, seed)
-
-    monkeypatch.setattr("hap.harness.run.run", run)
-    assert hap("nightly", "--no-speed").exit_code == 130
-    assert history.load(made_up / ".hap" / "history.jsonl") == []
-    more = []
-    monkeypatch.setattr(
-        "hap.harness.run.run", lambda case, seed, *, say, keep: more.append(seed) or fake_run(case, seed)
-    )
-    assert hap("nightly", "--no-speed").exit_code == 0
-    assert len(more) == 3
-    assert len(history.load(made_up / ".hap" / "history.jsonl")) == 12
-
-
 def interrupted(monkeypatch, *arguments):
     """A night that ends after three runs."""
     made = []
@@ -203,6 +182,14 @@ def interrupted(monkeypatch, *arguments):
         "hap.harness.run.run", lambda case, seed, *, say, keep: more.append(seed) or fake_run(case, seed)
     )
     return more
+
+
+def test_an_interrupted_night_goes_on_with_the_same_seeds(made_up, monkeypatch):
+    more = interrupted(monkeypatch)
+    assert history.load(made_up / ".hap" / "history.jsonl") == []
+    assert hap("nightly", "--no-speed").exit_code == 0
+    assert len(more) == 3
+    assert len(history.load(made_up / ".hap" / "history.jsonl")) == 12
 
 
 def test_an_interrupted_night_goes_on_on_another_day(made_up, monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import SMALL, build
-from fakes import fake_run, write_spec
+from fakes import edited, fake_run, write_spec
 from safetensors.torch import save as pack
 
 from hap import HapError, apply, couple, trace
@@ -93,15 +93,6 @@ def without(table, *steps):
     return copy
 
 
-def put(table, value, *steps):
-    copy = json.loads(json.dumps(table))
-    part = copy
-    for step in steps[:-1]:
-        part = part[step]
-    part[steps[-1]] = value
-    return copy
-
-
 DAMAGE = {
     "empty": (lambda table: "", "file: must be JSON"),
     "cut short": (lambda table: json.dumps(table)[:-40], "file: must be JSON"),
@@ -118,17 +109,20 @@ DAMAGE = {
     "no loss": (lambda table: without(table, "metrics", "last", "loss"), "metrics.last: must have accuracy and loss"),
     "no cost": (lambda table: without(table, "cost", "pruned"), "cost: must have dense, pruned; missing"),
     "no macs": (lambda table: without(table, "cost", "dense", "macs"), "cost.dense: must have params, macs"),
-    "no parameters": (lambda table: put(table, 0, "cost", "dense", "params"), "cost.dense.params: Input should be gre"),
+    "no parameters": (
+        lambda table: edited(table, "cost", "dense", "params", to=0),
+        "cost.dense.params: Input should be gre",
+    ),
     "half a MAC": (
-        lambda table: put(table, 0.5, "cost", "pruned", "macs"),
+        lambda table: edited(table, "cost", "pruned", "macs", to=0.5),
         "cost.pruned.macs: Input should be a valid",
     ),
-    "no latency": (lambda table: put(table, {"1": "x"}, "cost", "dense", "latency_seconds"), "latency_seconds"),
+    "no latency": (lambda table: edited(table, "cost", "dense", "latency_seconds", to={"1": "x"}), "latency_seconds"),
     "no data": (lambda table: table | {"data": {}}, "data.name: is required"),
     "data without a sum": (lambda table: without(table, "data", "sha256"), "data.sha256: is required"),
     "no code": (lambda table: without(table, "code", "sha256"), "code.sha256: is required"),
-    "a task that is no table": (lambda table: put(table, "x", "config", "task"), "config.task: Input should be"),
-    "a score without a name": (lambda table: put(table, {}, "config", "score"), "config.score.use: is required"),
+    "a task that is no table": (lambda table: edited(table, "config", "task", to="x"), "config.task: Input should be"),
+    "a score without a name": (lambda table: edited(table, "config", "score", to={}), "config.score.use: is required"),
     "an epoch without a test": (
         lambda table: table | {"epochs": [{"epoch": 0, "validation": {"accuracy": 1.0, "loss": 1.0}}]},
         "epochs[1].test: is required",
