@@ -7,10 +7,10 @@ of HAP_IMAGENET. On a GPU also the throughput of training in bf16, channels last
 rate that products of large matrices reach on the device, and the seconds of 1,024 images; no bars are on that yet.
 
 The bars: twice the images take at most 2.4 times as long, 1,000 classes at most 1.5 times as long as 10, four batches
-at most 1.25 times the memory of one, two processes on twice the images, of a thread or a GPU each, at most 1.25 times
-as long as one (two cores share their memory, and 1.04 to 1.10 was seen), and two workers decode at least 1.5 times what
-one does. `python benchmarks/bench_imagenet.py --json FILE` does without pytest; `--smoke`, and BENCH_SMOKE=1 with
-pytest, take few small images and hold no bar.
+at most 1.25 times the memory of one, two processes on twice the images, of a thread or a GPU each, at most 1.1 times as
+long as one (the least of the rounds), and two workers decode at least 1.5 times what one does. `python
+benchmarks/bench_imagenet.py --json FILE` does without pytest; `--smoke`, and BENCH_SMOKE=1 with pytest, take few small
+images and hold no bar.
 """
 
 import ctypes
@@ -107,7 +107,7 @@ def together(processes, images, smoke):
 
 
 def shared(images, smoke):
-    """What each of those ranks does; rank 0 prints the median."""
+    """What each of those ranks does; rank 0 prints the least."""
     with ranks.joined():
         torch.set_num_threads(1)
         model, batches = made(images, 1000, 32 if smoke else 224)
@@ -120,7 +120,7 @@ def shared(images, smoke):
             ranks.gathered(0)  # all begin at once
             took.append(seconds(work))
         if ranks.rank() == 0:
-            print(median(took[1:]))
+            print(min(took[1:]))  # what else the machine does only adds to one of two jobs
 
 
 def peak(images, smoke):
@@ -204,7 +204,7 @@ def broken(found):
         images, classes, room = (found[f"{what} by {by}"] for what, by in KINDS)
         held = [("twice the images", images[32] / images[16], 2.4), ("1,000 classes", classes[1000] / classes[10], 1.5)]
         if (took := found["seconds by processes"]).keys() >= {1, 2}:
-            held.append(("two processes", took[2] / took[1], 1.25))
+            held.append(("two processes", took[2] / took[1], 1.1))
         held.append(("memory of four batches", room[4 * BATCH] / room[BATCH], 1.25))
     return [f"{found['part']}, {what}: {value:.2f} > {bar:.2f}" for what, value, bar in held if value > bar]
 

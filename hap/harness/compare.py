@@ -64,10 +64,7 @@ def rival(use: str, options: Mapping[str, object], role: Role) -> Rival:
         ref = Ref(use=use, options=dict(options))
     except ValidationError as error:
         raise mistake("function", error) from None
-    try:
-        resolve(use, role, ref)
-    except SystemExit as error:  # of a module that is a script
-        raise HapError(f"{use}: must name a function that exists (SystemExit: {error}, in its module)") from None
+    resolve(use, role, ref)
     return Rival(role, ref, sha256(f"{_sources(use)}{provenance.code()['sha256']}".encode()).hexdigest())
 
 

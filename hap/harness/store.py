@@ -196,9 +196,6 @@ def _whole(run: Run) -> None:
     for stage in STAGES:
         if missing := {"accuracy", "loss"} - run.metrics[stage].keys():
             raise wrong(f"metrics.{stage}", "must have accuracy and loss; missing", sorted(missing))
-    for model in ("dense", "pruned"):
-        if missing := {"params", "macs", "latency_seconds"} - run.cost[model].keys():
-            raise wrong(f"cost.{model}", "must have params, macs and latency_seconds; missing", sorted(missing))
 
 
 def _belongs(run: Run, file: Path) -> None:

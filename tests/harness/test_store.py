@@ -108,7 +108,7 @@ DAMAGE = {
     "a stage less": (lambda table: without(table, "metrics", "last"), "metrics: must have dense, one_shot"),
     "no loss": (lambda table: without(table, "metrics", "last", "loss"), "metrics.last: must have accuracy and loss"),
     "no cost": (lambda table: without(table, "cost", "pruned"), "cost: must have dense, pruned; missing"),
-    "no macs": (lambda table: without(table, "cost", "dense", "macs"), "cost.dense: must have params, macs"),
+    "no macs": (lambda table: without(table, "cost", "dense", "macs"), "cost.dense.macs: is required"),
     "no parameters": (
         lambda table: edited(table, "cost", "dense", "params", to=0),
         "cost.dense.params: Input should be gre",
