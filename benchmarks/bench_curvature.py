@@ -34,10 +34,10 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 
-from hap.curvature import exact
 from hap.harness.tasks.nets import preresnet, resnet
-from hap.losses import CrossEntropy
-from hap.probes import hutchinson
+from hap.hessian.exact import exact
+from hap.hessian.hutchinson import hutchinson
+from hap.hessian.losses import CrossEntropy
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

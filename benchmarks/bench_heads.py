@@ -31,12 +31,12 @@ from bench_tracing import GIB, resident, two_threads  # noqa: F401  # the fixtur
 from transformers import BertConfig, BertForSequenceClassification
 
 from hap import Budget, CrossEntropy, apply, couple, trace
-from hap.heads import heads
+from hap.hessian.hutchinson import hutchinson
 from hap.implants import zero
 from hap.methods import ablation, hessian_trace, magnitude, michel, random
 from hap.plan import plan
-from hap.probes import hutchinson
-from hap.surgery import mask
+from hap.structure.heads import heads
+from hap.surgery.apply import mask
 
 ATTENTION = ("sdpa", "eager")
 TRACING, PROBES = 10.0, 2.0  # the bars: seconds; probes

@@ -31,14 +31,15 @@ from photographs import photographs
 from torchvision.models import resnet50
 
 from hap.cost import macs
-from hap.curvature import exact
-from hap.harness import ranks
-from hap.harness.recipe import Recipe
-from hap.harness.stepping import Stepper, exactly, optimiser
-from hap.harness.tasks import Data, Task, imagenet
+from hap.harness.processes import ranks
+from hap.harness.task import Data, Task
+from hap.harness.tasks import imagenet
 from hap.harness.tasks.decoding import AHEAD, Pictures, View, stream
-from hap.losses import CrossEntropy
-from hap.tally import merge
+from hap.harness.train.recipe import Recipe
+from hap.harness.train.step import Stepper, exactly, optimiser
+from hap.hessian.accumulate import merge
+from hap.hessian.exact import exact
+from hap.hessian.losses import CrossEntropy
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

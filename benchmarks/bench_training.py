@@ -28,13 +28,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from hap.harness.recipe import Recipe
-from hap.harness.stepping import Stepper
-from hap.harness.tasks import Data, Task
+from hap.harness.task import Data, Task
 from hap.harness.tasks.data import Images, Normalise, epoch
 from hap.harness.tasks.nets import preresnet, resnet
-from hap.harness.training import exactly, generator
-from hap.losses import CrossEntropy
+from hap.harness.train.loop import exactly, generator
+from hap.harness.train.recipe import Recipe
+from hap.harness.train.step import Stepper
+from hap.hessian.losses import CrossEntropy
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -88,7 +88,7 @@ def plain(build, pixels, labels, workers):
 
 
 def ours(build, pixels, labels, recipe):
-    """Steps for ever, as `hap.harness.training` takes them."""
+    """Steps for ever, as `hap.harness.train.loop` takes them."""
     images = Images(pixels.to(DEVICE), labels.to(DEVICE))
     model = build().to(DEVICE).to(memory_format=torch.channels_last).train()
     rng, loss = generator(0), CrossEntropy()

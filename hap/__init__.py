@@ -35,15 +35,15 @@ class HapError(ValueError):
 
 
 _HOMES = {
-    "tracing": "trace declare Feeds",
-    "groups": "couple Groups",
-    "losses": "CrossEntropy SquaredError",
-    "tally": "Curvature",
-    "probes": "hutchinson",
-    "curvature": "exact",
+    "structure.tracing": "trace declare Feeds",
+    "structure.groups": "couple Groups",
+    "hessian.losses": "CrossEntropy SquaredError",
+    "hessian.accumulate": "Curvature",
+    "hessian.hutchinson": "hutchinson",
+    "hessian.exact": "exact",
     "budget": "Budget",
     "plan": "Fate Plan",
-    "surgery": "apply mask",
+    "surgery.apply": "apply mask",
     "implants": "merge",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}

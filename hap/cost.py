@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from hap.layers import Call, evaluating, forward
+from hap.structure.layers import Call, evaluating, forward
 
 COUNTED = ("convolution", "addmm", "mm")
 

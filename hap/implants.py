@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from hap import HapError
-from hap.bridge import Passing
-from hap.patch import Patch
-from hap.surgery import Inputs, resize
+from hap.surgery.apply import Inputs, resize
+from hap.surgery.head_implants import Passing
+from hap.surgery.patch import Patch
 
 RIDGES = (1e-3, 1e-5, 1e-4, 1e-2, 1e-1, 1.0, 10.0)  # by the mean square of x; the first where nothing can choose
 

@@ -13,15 +13,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hap import HapError
-from hap.curvature import exact
-from hap.groups import Groups
-from hap.heads import slot_groups
-from hap.layers import axis, evaluating, weight_of
-from hap.losses import Batches, Loss
-from hap.masking import silence
-from hap.measuring import measuring, tracked
-from hap.probes import hutchinson
-from hap.tally import Curvature
+from hap.hessian.accumulate import Curvature
+from hap.hessian.exact import exact
+from hap.hessian.hooks import measuring, tracked
+from hap.hessian.hutchinson import hutchinson
+from hap.hessian.losses import Batches, Loss
+from hap.structure.groups import Groups
+from hap.structure.heads import slot_groups
+from hap.structure.layers import axis, evaluating, weight_of
+from hap.surgery.masking import silence
 
 Scores = Float[Tensor, "groups"]
 Pruned = Callable[[Tensor], Tensor]  # which groups the budget would prune by these scores

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hap import HapError
 from hap.budget import Budget as Budget
-from hap.groups import Groups
-from hap.heads import around
+from hap.structure.groups import Groups
+from hap.structure.heads import around
 
 
 class Fate(IntEnum):
@@ -135,7 +135,9 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
 def dropped(groups: Groups, fates: Int[Tensor, "groups"], rank: int | None) -> Bool[Tensor, "groups"]:
     """The groups whose rows go; with a rank those too that an implant stands in for, for it is beside the layers."""
     if rank is not None and groups.slot_group is None:
-        raise HapError(f"plan: heads expected for implants of rank {rank}, found groups of rows; see hap.heads.heads")
+        raise HapError(
+            f"plan: heads expected for implants of rank {rank}, found groups of rows; see hap.structure.heads.heads"
+        )
     return (fates != Fate.KEEP) if rank is not None else fates == Fate.DROP
 
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hap import HapError, cost
-from hap.bridge import Passing
-from hap.groups import Groups
+from hap.hessian.losses import Loss
 from hap.implants import zero
-from hap.layers import Call, forward
-from hap.losses import Loss
 from hap.plan import Fate, Plan
 from hap.plan import cost as planned
-from hap.surgery import Implant, Inputs, apply, mask
+from hap.structure.groups import Groups
+from hap.structure.layers import Call, forward
+from hap.surgery.apply import Implant, Inputs, apply, mask
+from hap.surgery.head_implants import Passing
 
 Score = Callable[..., Tensor]
 

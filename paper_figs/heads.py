@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import fmean
 
-from hap.harness.tables import METRICS
+from hap.harness.report.tables import METRICS
 from paper_figs import style
 
 PANELS = (("one_shot", "one-shot"), ("selected", "after fine-tuning"))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hap.harness.fates import head_size, heads
+from hap.harness.report.plans import head_size, heads
 from paper_figs import style
 
 

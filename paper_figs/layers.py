@@ -5,7 +5,7 @@ from textwrap import wrap
 
 from matplotlib.patches import Patch
 
-from hap.harness.fates import networks, shares, whole, words
+from hap.harness.report.plans import networks, shares, whole, words
 from paper_figs import style
 
 FATES = (("-", "dropped", style.PALETTE[0]), ("o", "implants", style.PALETTE[4]), ("#", "kept", "#e8e8e8"))

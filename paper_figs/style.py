@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import NullFormatter
 from scipy.stats import t
 
-from hap.harness.files import atomic_write
+from hap.harness.processes.files import atomic_write
 
 COLUMN_INCHES = 3.3
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito

@@ -14,8 +14,8 @@ from hap import Budget, CrossEntropy, apply, couple, trace
 from hap.harness.tasks.nets import preresnet, resnet, vgg16
 from hap.implants import centre_tap, least_squares
 from hap.methods import magnitude
-from hap.patch import Patch
 from hap.plan import plan
+from hap.surgery.patch import Patch
 
 
 def seeded(seed=0):

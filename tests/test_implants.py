@@ -7,10 +7,10 @@ from torch import nn
 
 from hap import HapError, couple, mask, merge, trace
 from hap import apply as operate
-from hap.groups import implantable
 from hap.implants import centre_tap, least_squares, zero
-from hap.patch import Patch
-from hap.surgery import Inputs
+from hap.structure.groups import implantable
+from hap.surgery.apply import Inputs
+from hap.surgery.patch import Patch
 from hap.testing import check_implant, random_plan
 
 CONVS = {

@@ -29,22 +29,26 @@ import hap
 
 HERE = Path(hap.__file__).parent
 CORE = (
-    "patch bypass layers taps tracing groups heads masking losses persample tally graph measuring probes curvature "
-    "methods budget plan bridge surgery implants cost testing"
+    "structure hessian surgery surgery.patch structure.bypass structure.layers structure.taps structure.tracing "
+    "structure.groups structure.heads surgery.masking hessian.losses hessian.persample hessian.accumulate "
+    "hessian.linearity hessian.hooks hessian.hutchinson hessian.exact methods budget plan surgery.head_implants "
+    "surgery.apply implants cost testing "
 ).split()
 HARNESS = (
-    "ranks files binding provenance freshness events recipe tasks batchnorm averaging stepping checkpoints curve "
-    "training upstream "
-    "tasks.cache tasks.nets tasks.pickles tasks.data tasks.imagefolder tasks.decoding tasks.imagestream "
-    "tasks.digits_preresnet tasks.cifar10 tasks.cifar10_scratch "
-    "tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
+    "processes train tasks spec records models verdicts compare report nightly processes.ranks processes.files "
+    "spec.functions records.provenance records.freshness processes.events train.recipe task batchnorm train.ema "
+    "train.step train.checkpoints train.curve train.loop upstream tasks.cache tasks.nets tasks.pickles tasks.data "
+    "tasks.imagefolder tasks.decoding tasks.imagestream tasks.digits_preresnet tasks.cifar10 "
+    "tasks.cifar10_scratch tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
-    "tasks.imagenet tasks.imagenet_resnet50 tasks.imagenet_squeezenet "
-    "tasks.glue tasks.text tasks.encoder tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta "
-    "cases spec scoring returned run shapes architecture pretrained parts store statistics evidence judge plugin "
-    "markup fates tables summary plots page report "
-    "rehearsal pipeline doctor progress fanout making bill pricing estimate terminal detect history "
-    "regressions speed nightly differences comparison compare integrity recorded lint commands cli"
+    "tasks.imagenet tasks.imagenet_resnet50 tasks.imagenet_squeezenet tasks.glue tasks.text tasks.encoder "
+    "tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta spec.cases spec.spec scoring returned "
+    "run models.layers models.architecture models.huggingface records.parts records.store verdicts.statistics "
+    "verdicts.measures verdicts.judge plugin report.markup report.plans report.tables report.verdicts_md "
+    "report.plots report.page report.write cli.rehearsal cli.pipeline cli.doctor processes.progress "
+    "processes.fanout cli.making cli.bill cli.pricing cli.estimate cli.terminal nightly.changepoint "
+    "nightly.history nightly.regressions nightly.speed nightly.measure compare.differences compare.conclusions "
+    "compare.rivals records.checks compare.recorded cli.lint cli.commands cli.app cli "
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hap.groups import Groups
-from hap.harness import ranks
-from hap.layers import Call, evaluating
-from hap.losses import Batches, Loss
+from hap.harness.processes import ranks
+from hap.hessian.losses import Batches, Loss
 from hap.methods import Scores, hessian_trace
+from hap.structure.groups import Groups
+from hap.structure.layers import Call, evaluating
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import pytest
 from hap import HapError
 
 if TYPE_CHECKING:
-    from hap.harness.judge import Verdict
+    from hap.harness.verdicts.judge import Verdict
 
 
 class Stop(Exception):  # noqa: N818 - not an error of ours but the one line that a failed claim leaves
@@ -56,7 +56,7 @@ class SpecFile(pytest.File):
 
     def collect(self) -> Iterator[pytest.Item]:
         """A check; and, if the spec reads, a run for each case and seed, and each claim."""
-        from hap.harness.spec import load_spec
+        from hap.harness.spec.spec import load_spec
 
         try:
             spec, error = load_spec(self.path), None
@@ -75,7 +75,8 @@ class SpecFile(pytest.File):
 
     def verdict(self, spec: Any, index: int, results: Path) -> "Verdict":
         """That of a claim on the evidence there is."""
-        from hap.harness import judge, store
+        from hap.harness.records import store
+        from hap.harness.verdicts import judge
 
         if self.judged is None:
             self.judged = judge.of_today(spec, store.evidence(spec, results))
@@ -131,9 +132,9 @@ def _check(error: str | None, item: SpecItem) -> None:
 
 
 def _run(spec: Any, case: Any, seed: int, results: Path, item: SpecItem) -> None:
-    from hap.harness import store
-    from hap.harness.spec import require
-    from hap.harness.tasks import MissingData
+    from hap.harness.records import store
+    from hap.harness.spec.spec import require
+    from hap.harness.task import MissingData
 
     again, item.file.judged = item.config.getoption("--again"), None
     try:

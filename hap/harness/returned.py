@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from hap import HapError
 from hap.budget import UNITS, Budget
 from hap.cost import macs, params
-from hap.groups import Groups
-from hap.harness.stepping import memory_ran_out
-from hap.harness.tasks import Task
-from hap.layers import evaluating
+from hap.harness.task import Task
+from hap.harness.train.step import memory_ran_out
 from hap.plan import Plan
+from hap.structure.groups import Groups
+from hap.structure.layers import evaluating
 
 NEAR = 1e-9
 ROUNDING = 1e-12  # 1 - 0.9 is less than 0.1

@@ -14,22 +14,22 @@ from typing import Any
 from torch import nn
 
 from hap.cost import latency, macs, params
-from hap.groups import Groups, couple
-from hap.harness import ranks
 from hap.harness.batchnorm import recalibrate
-from hap.harness.binding import Ref
-from hap.harness.freshness import decides, entrances
-from hap.harness.provenance import code, environment
+from hap.harness.processes import ranks
+from hap.harness.records.freshness import decides, entrances
+from hap.harness.records.provenance import code, environment
 from hap.harness.returned import accepted, agree, runs
 from hap.harness.scoring import Scoring, remembered
-from hap.harness.spec import Case
-from hap.harness.tasks import Task
-from hap.harness.training import Curve, Event, Say, State, exactly, fit, generator, silent, snapshot, threads
-from hap.heads import heads
+from hap.harness.spec.functions import Ref
+from hap.harness.spec.spec import Case
+from hap.harness.task import Task
+from hap.harness.train.loop import Curve, Event, Say, State, exactly, fit, generator, silent, snapshot, threads
 from hap.plan import Plan, plan
-from hap.surgery import apply
+from hap.structure.groups import Groups, couple
+from hap.structure.heads import heads
+from hap.structure.tracing import trace
+from hap.surgery.apply import apply
 from hap.testing import check_groups
-from hap.tracing import trace
 
 Method = Callable[..., tuple[nn.Module, Plan]]  # (task, groups, budget, *, rng, **options)
 STARTS = {

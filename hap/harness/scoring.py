@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from hap import HapError
-from hap.groups import Groups
-from hap.harness import ranks
-from hap.harness.binding import Ref
-from hap.harness.spec import Case
-from hap.harness.training import Event, Say, generator
+from hap.harness.processes import ranks
+from hap.harness.spec.functions import Ref
+from hap.harness.spec.spec import Case
+from hap.harness.train.loop import Event, Say, generator
+from hap.hessian.accumulate import Curvature, merge
 from hap.methods import DETERMINED, agree
 from hap.plan import Fate, plan
-from hap.tally import Curvature, merge
+from hap.structure.groups import Groups
 
 
 class Scored(NamedTuple):

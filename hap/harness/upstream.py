@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor, nn
 
 from hap import HapError
-from hap.groups import Groups
-from hap.harness.binding import Function, Ref, resolve
-from hap.harness.tasks import Task
+from hap.harness.spec.functions import Function, Ref, resolve
+from hap.harness.task import Task
 from hap.plan import Budget, Fate, Plan, cost
-from hap.surgery import apply
+from hap.structure.groups import Groups
+from hap.surgery.apply import apply
 
 DROP, IMPLANT, KEEP = (torch.tensor(int(fate), dtype=torch.int8) for fate in sorted(Fate))
 BLOCK = 256  # ratios looked at together: [256, groups] bytes are held

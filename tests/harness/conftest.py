@@ -5,7 +5,7 @@ import pytest
 from encoders import DEV, HEADS, SPECIAL, TRAIN, WORDS, rows, saved
 from fakes import fake_run, with_accuracy, write_spec
 
-from hap.harness.spec import load_spec
+from hap.harness.spec.spec import load_spec
 
 CHECKOUT = Path(__file__).parents[2]
 

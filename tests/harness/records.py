@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fakes import SPEC, fake_run, write_spec
 
-from hap.harness.spec import load_spec
+from hap.harness.spec.spec import load_spec
 
 
 def ranked(tmp_path):

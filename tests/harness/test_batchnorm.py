@@ -6,8 +6,8 @@ from test_methods import members, score, seeded, setting
 from torch import nn
 
 from hap.harness.batchnorm import folded, folded_trace, recalibrate
-from hap.layers import forward
 from hap.methods import hessian_trace
+from hap.structure.layers import forward
 
 
 @pytest.mark.parametrize("how", ["tied", "union"])

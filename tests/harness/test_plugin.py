@@ -8,10 +8,10 @@ import pytest
 import scipy.stats  # noqa: F401 - pytester forgets what a test imports, and scipy cannot be imported twice
 from fakes import SPEC, fake_run, with_accuracy, write_spec
 
-from hap.harness import store
-from hap.harness.freshness import decides, entrances
-from hap.harness.spec import load_spec
-from hap.harness.tasks import MissingData
+from hap.harness.records import store
+from hap.harness.records.freshness import decides, entrances
+from hap.harness.spec.spec import load_spec
+from hap.harness.task import MissingData
 
 
 @pytest.fixture

@@ -10,19 +10,21 @@ import torch
 
 import hap
 from hap import HapError
-from hap.groups import couple
-from hap.harness import checkpoints, freshness, provenance, scoring, store
-from hap.harness.binding import Ref
+from hap.harness import scoring
+from hap.harness.records import freshness, provenance, store
 from hap.harness.run import Clock, Run, one_shot, run
-from hap.harness.spec import Case
-from hap.harness.tasks import Data, Task
+from hap.harness.spec.functions import Ref
+from hap.harness.spec.spec import Case
+from hap.harness.task import Data, Task
 from hap.harness.tasks.data import Images, Normalise, calibration, epoch, measure
 from hap.harness.tasks.nets import resnet
-from hap.harness.training import Recipe, fit, generator, silent
-from hap.losses import CrossEntropy
+from hap.harness.train import checkpoints
+from hap.harness.train.loop import Recipe, fit, generator, silent
+from hap.hessian.losses import CrossEntropy
 from hap.methods import magnitude
 from hap.plan import Budget
-from hap.tracing import trace
+from hap.structure.groups import couple
+from hap.structure.tracing import trace
 
 NORMALISE = Normalise((0.5,), (0.25,))
 LOOKS: list[tuple[str, dict[str, torch.Tensor]]] = []  # which split was looked at, with which weights

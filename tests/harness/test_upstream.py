@@ -13,12 +13,12 @@ from torch import nn
 
 from hap import Budget, CrossEntropy, Fate, HapError, Plan, couple, hutchinson, mask, trace
 from hap.cost import macs, params
-from hap.harness.spec import load_spec
-from hap.harness.tasks import Data, Task
+from hap.harness.spec.spec import load_spec
+from hap.harness.task import Data, Task
 from hap.harness.tasks.nets import preresnet, resnet
-from hap.harness.training import generator
+from hap.harness.train.loop import generator
 from hap.harness.upstream import first, published, steps
-from hap.patch import Patch
+from hap.surgery.patch import Patch
 
 
 def vgg(widths=(24, 20, 33), bias=False):

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hap.harness.tasks import Data, Task
+from hap.harness.task import Data, Task
 from hap.harness.tasks.data import calibration, epoch, measure
 from hap.harness.tasks.digits_preresnet import NORMALISE, digits
-from hap.losses import CrossEntropy
+from hap.hessian.losses import CrossEntropy
 from hap.methods import hessian_trace
 
 SIGN = 1  # of `signed`; -1 is the error that a night must find

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from hap.cost import params
-from hap.groups import couple
-from hap.harness import ranks
 from hap.harness.batchnorm import recalibrate
+from hap.harness.processes import ranks
 from hap.harness.scoring import Share
-from hap.harness.tasks import Data, Task
+from hap.harness.task import Data, Task
 from hap.harness.tasks.data import Images, Normalise, calibration, epoch, measure
-from hap.harness.training import Recipe, fit, generator, snapshot
-from hap.losses import CrossEntropy
+from hap.harness.train.loop import Recipe, fit, generator, snapshot
+from hap.hessian.accumulate import Curvature, merge
+from hap.hessian.losses import CrossEntropy
 from hap.methods import hessian_trace
-from hap.tally import Curvature, merge
-from hap.tracing import trace
+from hap.structure.groups import couple
+from hap.structure.tracing import trace
 
 NORMALISE = Normalise((0.5,), (0.25,))
 IMAGES, BATCH = 67, 16  # the last batch has 3: an odd number, for two ranks

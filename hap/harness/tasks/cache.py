@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from hap.harness import ranks
-from hap.harness.curve import INSTEAD
-from hap.harness.files import atomic_write, cache, locked
+from hap.harness.processes import ranks
+from hap.harness.processes.files import atomic_write, cache, locked
+from hap.harness.train.curve import INSTEAD
 
 
 class Trained(NamedTuple):

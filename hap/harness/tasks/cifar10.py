@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hap import HapError
-from hap.harness.tasks import Data, Task
+from hap.harness.task import Data, Task
 from hap.harness.tasks.data import (
     Images,
     Normalise,
@@ -21,8 +21,8 @@ from hap.harness.tasks.data import (
     positive,
 )
 from hap.harness.tasks.nets import resnet
-from hap.harness.training import generator
-from hap.losses import CrossEntropy
+from hap.harness.train.loop import generator
+from hap.hessian.losses import CrossEntropy
 
 NORMALISE = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # that of the checkpoint, not of CIFAR-10
 HELD_OUT = 5000  # the last training images: for selection, never trained on by us

@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-from hap import losses
-from hap.harness import recipe as recipes
-from hap.harness import stepping, training
-from hap.harness.tasks import Data, Task, cifar10, data, nets
+from hap.harness.task import Data, Task
+from hap.harness.tasks import cifar10, data, nets
 from hap.harness.tasks.cache import Trained, cached
 from hap.harness.tasks.cifar10 import HELD_OUT, SMOKE, few, split, workload
 from hap.harness.tasks.data import Normalise, epoch
+from hap.harness.train import loop as training
+from hap.harness.train import recipe as recipes
+from hap.harness.train import step as stepping
+from hap.hessian import losses
 
 NORMALISE = Normalise((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 

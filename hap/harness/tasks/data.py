@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hap import HapError
-from hap.harness import ranks
-from hap.harness.tasks import Data, MissingData
+from hap.harness.processes import ranks
+from hap.harness.task import Data, MissingData
 from hap.harness.tasks.pickles import batch, damaged, first_line
 
 CIFAR10_MD5 = {  # the six files of the official copy, as torchvision.datasets.CIFAR10 lists them

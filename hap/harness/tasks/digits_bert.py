@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hap import losses
-from hap.harness import recipe as recipes
-from hap.harness import stepping, training
-from hap.harness.tasks import Data, MissingData, Task, digits_preresnet, encoder, text
+from hap.harness.task import Data, MissingData, Task
+from hap.harness.tasks import digits_preresnet, encoder, text
 from hap.harness.tasks.cache import Trained, cached
+from hap.harness.train import loop as training
+from hap.harness.train import recipe as recipes
+from hap.harness.train import step as stepping
+from hap.hessian import losses
 
 RECIPE = training.Recipe(
     epochs=15,

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from hap import losses
-from hap.harness import recipe, stepping, training
-from hap.harness.tasks import Data, Task, data, nets
+from hap.harness.task import Data, Task
+from hap.harness.tasks import data, nets
 from hap.harness.tasks.cache import Trained, cached
 from hap.harness.tasks.data import Images, Normalise, calibration, digest, epoch, measure
-from hap.losses import CrossEntropy
+from hap.harness.train import loop as training
+from hap.harness.train import recipe
+from hap.harness.train import step as stepping
+from hap.hessian import losses
+from hap.hessian.losses import CrossEntropy
 
 # no wider than the digits need: at 16, 32, 64 channels even random pruning costs nothing, and nothing can be compared
 DEPTH, WIDTHS = 20, (8, 16, 32)

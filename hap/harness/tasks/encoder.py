@@ -14,14 +14,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hap import HapError, losses
-from hap.harness import recipe as recipes
-from hap.harness import stepping, training
-from hap.harness.tasks import Data, MissingData, Task, glue, text
+from hap import HapError
+from hap.harness.task import Data, MissingData, Task
+from hap.harness.tasks import glue, text
 from hap.harness.tasks.cache import Trained, cached
 from hap.harness.tasks.data import device, positive
 from hap.harness.tasks.pickles import first_line
-from hap.losses import CrossEntropy
+from hap.harness.train import loop as training
+from hap.harness.train import recipe as recipes
+from hap.harness.train import step as stepping
+from hap.hessian import losses
+from hap.hessian.losses import CrossEntropy
 
 SMOKE = {"train": 64, "validation": 32, "test": 32, "calibration": 8}
 HELD_OUT = 0.1  # of train, for validation; at most MOST

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hap import HapError
-from hap.harness.tasks import Data, MissingData
+from hap.harness.task import Data, MissingData
 from hap.harness.tasks.data import roots
 from hap.harness.tasks.pickles import first_line
 

@@ -2,7 +2,8 @@
 
 from functools import partial
 
-from hap.harness.tasks import Data, encoder, glue
+from hap.harness.task import Data
+from hap.harness.tasks import encoder, glue
 
 PLACE, REVISION = "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"
 

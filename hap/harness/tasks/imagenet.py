@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from hap import HapError
-from hap.harness import ranks
-from hap.harness.tasks import Data, MissingData, Task
+from hap.harness.processes import ranks
+from hap.harness.task import Data, MissingData, Task
 from hap.harness.tasks.data import Normalise, device, positive, roots
 from hap.harness.tasks.decoding import View, decoded
 from hap.harness.tasks.imagefolder import Listing, digest, drawn_by_name, listed
 from hap.harness.tasks.imagestream import Count, Shard, calibration, count, epoch
 from hap.harness.tasks.pickles import damaged, first_line
-from hap.harness.training import generator
-from hap.losses import CrossEntropy
+from hap.harness.train.loop import generator
+from hap.hessian.losses import CrossEntropy
 
 SIZES = {"train": 1_281_167, "val": 50_000}
 SOURCE = "image-net.org: ILSVRC 2012, tasks 1 and 2, train/ and val/ with a folder for each class (n01440764, ...)"

@@ -6,7 +6,7 @@ import torch
 from torchvision.models import ResNet50_Weights, resnet50
 
 from hap.harness.batchnorm import recalibrate
-from hap.harness.tasks import Data, Task
+from hap.harness.task import Data, Task
 from hap.harness.tasks.data import load_weights, roots
 from hap.harness.tasks.decoding import Pictures, View, drawing
 from hap.harness.tasks.imagenet import (

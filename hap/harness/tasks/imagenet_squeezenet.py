@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import squeezenet1_0
 
 from hap import HapError
-from hap.harness.tasks import Data, MissingData, Task
+from hap.harness.task import Data, MissingData, Task
 from hap.harness.tasks.data import Normalise, load_weights, roots
 from hap.harness.tasks.decoding import Pictures, View, drawing
 from hap.harness.tasks.imagefolder import Listing, digest, drawn_by_name, listed

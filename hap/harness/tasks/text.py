@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hap.harness import ranks
-from hap.harness.files import atomic_write, cache
+from hap.harness.processes import ranks
+from hap.harness.processes.files import atomic_write, cache
 from hap.harness.tasks.data import digest
 from hap.harness.tasks.glue import Sentences
 

@@ -1,0 +1,3 @@
+"""The command `hap`."""
+
+from hap.harness.cli.app import main as main

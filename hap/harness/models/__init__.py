@@ -1,0 +1,1 @@
+"""Pruned models on disk and back, without a pickle."""

@@ -1,0 +1,1 @@
+"""Series of nights: what is measured anew, and what got worse."""

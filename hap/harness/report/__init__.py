@@ -1,0 +1,1 @@
+"""Tables, figures, VERDICTS.md and index.html, written from records."""

@@ -1,0 +1,87 @@
+"""Evidence and verdicts -> tables, figures, VERDICTS.md and index.html; says nothing that is not in a record.
+
+Equal evidence gives equal bytes: no dates, no versions, no order but that of the specs.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+from hap import HapError
+from hap.harness.records import store
+from hap.harness.report import page
+from hap.harness.report.tables import Runs, tables
+from hap.harness.report.verdicts_md import Entry, summary
+from hap.harness.spec.spec import Spec, find_specs, load_spec
+from hap.harness.verdicts import judge
+from hap.harness.verdicts.judge import Verdict
+
+Told = Callable[[Path], None]
+
+
+def figures(spec: Spec, runs: Runs, results: Path, root: Path) -> list[Path]:
+    """Writes results/figures/<spec>-*.png and .pdf with each script of root/paper_figs; none without scripts."""
+    scripts = [path.stem for path in sorted((root / "paper_figs").glob("*.py"))]
+    with _importable(root):
+        modules = [import_module(f"paper_figs.{script}") for script in scripts]
+    drawing = [module for module in modules if hasattr(module, "draw")]  # the others are what they share
+    return [file for module in drawing for file in module.draw(spec, runs, results / "figures")]
+
+
+def verdicts(spec: Spec, runs: Runs) -> list[Verdict]:
+    """The verdict of each claim of a spec."""
+    return judge.of_today(spec, runs)
+
+
+def entries(specs: Path, results: Path) -> list[Entry]:
+    """The records and verdicts of all specs of a folder, those with records first; one that does not read says why."""
+    found = [_entry(path, results) for path in find_specs(specs)]
+    return sorted(found, key=lambda entry: not any(entry.runs.values()))
+
+
+def write(specs: Sequence[Path], results: Path, told: Told = lambda file: None) -> list[Path]:
+    """Writes everything for these spec files, and the pages of all that lie beside the first; tells each file."""
+    files: list[Path] = []
+
+    def done(made: Sequence[Path]) -> None:
+        for file in made:
+            told(file)
+            files.append(file)
+
+    for folder in dict.fromkeys(path.parent for path in specs[:1]):
+        found = entries(folder, results)
+        known = {folder / f"{entry.name}.toml": entry for entry in found}
+        for path in specs:
+            spec, runs = _read(path, known.get(path), results)
+            done(tables(spec, runs, results))
+            done(figures(spec, runs, results, path.resolve().parent.parent))
+        done([summary(found, results), page.write(found, results)])
+    return files
+
+
+def _read(path: Path, known: Entry | None, results: Path) -> tuple[Spec, Runs]:
+    """A spec and its records, as far as they are not read yet."""
+    if known is not None and known.spec is not None:
+        return known.spec, known.runs
+    spec = load_spec(path)
+    return spec, store.evidence(spec, results)
+
+
+def _entry(path: Path, results: Path) -> Entry:
+    try:
+        spec = load_spec(path)
+        runs = store.evidence(spec, results)
+        return Entry(path.stem, spec, runs, tuple(verdicts(spec, runs)))
+    except HapError as error:
+        return Entry(path.stem, mistake=str(error).replace(str(path), path.name))
+
+
+@contextmanager
+def _importable(root: Path) -> Iterator[None]:
+    sys.path.insert(0, str(root))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(root))

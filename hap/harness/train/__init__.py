@@ -1,0 +1,1 @@
+"""The one training loop, its steps, schedule, averages and checkpoints."""

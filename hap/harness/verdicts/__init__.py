@@ -1,0 +1,1 @@
+"""From runs to verdicts: measured values, bounds over seeds, claims judged."""

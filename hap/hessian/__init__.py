@@ -1,0 +1,1 @@
+"""The diagonal of the Hessian of the loss, in closed form or by random probes."""

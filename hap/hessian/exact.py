@@ -1,0 +1,189 @@
+"""The diagonal of the loss Hessian in closed form, parameter by parameter, without probes.
+
+For a loss whose Hessian in the outputs is sum_c s_c s_c^T, the generalised Gauss-Newton matrix has the diagonal
+sum_c (d (s_c . f) / dw)^2 [Schraudolph02]: one backward pass a column c, with per-sample gradients squared. Where the
+network is piecewise linear in each single weight, that *is* the diagonal of the Hessian. This file knows layers and
+losses; of groups it knows only how to sum over them.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hap import HapError
+from hap.hessian.accumulate import Curvature, Tally, join
+from hap.hessian.hooks import Seen, chunks, counting, measuring, see
+from hap.hessian.hutchinson import hutchinson
+from hap.hessian.linearity import piecewise_linear, refuse_shared, sources
+from hap.hessian.losses import Batches, Loss
+from hap.hessian.persample import Per, is_known, positions, squared_gradients
+from hap.structure.groups import Groups
+from hap.structure.layers import is_mixing, name_of
+
+KNOWN = "nn.Linear, nn.Conv1d, nn.Conv2d, BatchNorm and nn.LayerNorm"
+MEMORY = {"cpu": 2**29}  # bytes: on a CPU what is held should not be far from the cache
+MEMORY_ELSEWHERE = 2**31
+
+
+def exact(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    groups: Groups | None = None,
+    *,
+    columns: int | None = None,
+    share: float | None = None,
+    rng: torch.Generator | None = None,
+    of: Literal["weights", "parameters"] | Sequence[str] = "weights",
+    per: Per = "weight",
+    unknown: int | None = None,
+    autocast: torch.dtype | None = None,
+    memory: int | None = None,
+) -> Curvature:
+    """The diagonal for the weights of all convolutions and linear layers, without a probe.
+
+    `columns`: None for the whole sum over classes; k for the k likeliest classes of each sample and one drawn from
+    the rest by `rng`. `share` instead: as many that the drawn part should be at most this share of the trace (a
+    warning where it is not). `of`: "parameters" adds biases, and scale and shift of BatchNorm and LayerNorm; or the
+    names of parameters. `per`: "row" gives the sum over each row, which is cheaper, and all that a group without
+    columns needs. `unknown`: how many probes of `hutchinson` to spend on the parameters of modules that are not known
+    here; None refuses such modules. `autocast`: the dtype of the passes; sums are in float32 at least. `memory`: bytes
+    that one pass may hold, which sets how many samples it has. The model runs in eval mode and is left as it was found.
+    """
+    _check(columns, share, rng, memory)
+    if per == "row" and groups is not None and groups.slot_group is not None:
+        raise HapError("exact: per='weight' expected for groups that have columns, found 'row'")
+    layers, strange = _sort(model, of, unknown)
+    if strange and rng is None:
+        raise HapError(f"exact: a generator expected for the probes of {strange[0]}, found None")
+    if strange and not isinstance(batches, Sequence):
+        batches = list(batches)  # they are read twice
+    tally, size = Tally(groups), 0
+    with measuring(model, [name_of(layer, own) for layer, names in layers.items() for own in names]) as params:
+        device = next(iter(params.values())).device
+        # without its cache of casts: a weight that is used twice must be seen twice
+        passes = partial(torch.autocast, device.type, autocast, autocast is not None, cache_enabled=False)
+        way = _Way(model, loss, layers, columns, share, rng, per, passes)
+        for batch in batches:
+            size = size or way.fitting(batch, memory or MEMORY.get(device.type, MEMORY_ELSEWHERE))
+            for inputs, targets in chunks([batch], size):
+                way.add(tally, params, inputs, targets)
+    found = tally.result()
+    if share is not None and found.drawn > share:
+        warnings.warn(f"exact: {found.drawn:.3g} of the trace was drawn, not {share:g}; give columns", stacklevel=2)
+    if unknown is None or rng is None or not strange:
+        return found
+    return join(found, hutchinson(model, loss, batches, groups, probes=unknown, rng=rng, names=strange), per)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How the samples of a chunk are measured."""
+
+    model: nn.Module
+    loss: Loss
+    layers: dict[str, list[str]]  # and which of their parameters
+    columns: int | None
+    share: float | None
+    rng: torch.Generator | None
+    per: Per
+    passes: Callable[[], AbstractContextManager[Any]]
+    # kept from chunk to chunk, because fresh memory costs more than what is done in it
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # gradients of what the layers wrote
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+
+    def see(self, inputs: Any, sink: Callable[[str, Tensor], None]) -> tuple[Tensor, dict[str, Seen]]:
+        """A forward pass."""
+        modules = {name: self.model.get_submodule(name) for name in self.layers}
+        with self.passes():
+            return see(self.model, self.loss, inputs, modules, sink)
+
+    def fitting(self, batch: Any, memory: int) -> int:
+        """How many samples fit into `memory` bytes: what autograd saves, and all gradients of each column."""
+        one, _ = next(chunks([batch], 1))
+        with counting(self.model) as saved:
+            outputs, seen = self.see(one, lambda *_: None)
+        count = outputs.shape[-1] if self.columns is None else min(self.columns + 1, outputs.shape[-1])
+        return max(1, memory // (sum(saved.values()) + count * sum(each.y.nbytes for each in seen.values())))
+
+    def add(self, tally: Tally, params: Mapping[str, nn.Parameter], inputs: Any, targets: Tensor) -> None:
+        """Measures a chunk."""
+        column, written = 0, set[str]()
+
+        def sink(name: str, grad: Tensor) -> None:
+            written.add(name)
+            self.buffers[name][: len(grad), column] = positions(self.model.get_submodule(name), grad)
+
+        outputs, seen = self.see(inputs, sink)
+        refuse_shared(outputs, params)
+        k = self.columns if self.share is None else self.loss.enough(outputs, targets, self.share)
+        vectors, drawn = self.loss.columns(outputs.detach(), targets, k, self.rng)
+        tally.begin(outputs, self.loss.mass(targets), len(vectors), piecewise_linear(outputs))
+        self.make_room(seen, len(targets), len(vectors))
+        edges = [each.edge for each in seen.values()]
+        last = sources(outputs, [edge.node for edge in edges])
+        ends = [edge for edge in edges if edge.node in last]
+        for column, vector in enumerate(vectors):
+            torch.autograd.grad(outputs, ends, vector, retain_graph=column < len(vectors) - 1)
+        for name in seen.keys() - written:  # not reached this time; what it holds is of another chunk
+            self.buffers[name].zero_()
+        for name, each in seen.items():
+            module, own, g = self.model.get_submodule(name), self.layers[name], self.buffers[name][: len(targets)]
+            found = squared_gradients(module, each.x, g, own, per=self.per, drawn=drawn, scratch=self.scratch)
+            for key, squares in found.items():
+                tally.add(name, name_of(name, key), squares)
+        tally.end()
+
+    def make_room(self, seen: Mapping[str, Seen], samples: int, columns: int) -> None:
+        """Buffers for the gradients of what the layers wrote."""
+        for name, each in seen.items():
+            if len(each.x) != samples:
+                raise HapError(f"curvature: {name} reads {len(each.x)} samples where the batch has {samples}")
+            n, rows, places = positions(self.model.get_submodule(name), each.y).shape
+            old = self.buffers.get(name)
+            if old is None or old.shape[1:] != (columns, rows, places) or len(old) < n:
+                wide = torch.promote_types(each.y.dtype, torch.float32)
+                self.buffers[name] = torch.zeros(n, columns, rows, places, dtype=wide, device=each.x.device)
+
+
+def _check(columns: int | None, share: float | None, rng: torch.Generator | None, memory: int | None) -> None:
+    if columns is not None and share is not None:
+        raise HapError(f"exact: one of columns and share expected, found {columns} and {share}")
+    if share is not None and not 0 < share < 1:
+        raise HapError(f"exact: a share of the trace above 0 and below 1 expected, found {share}")
+    if memory is not None and memory < 1:
+        raise HapError(f"exact: a memory of at least 1 byte expected, found {memory}")
+
+
+def _sort(model: nn.Module, of: str | Sequence[str], unknown: int | None) -> tuple[dict[str, list[str]], list[str]]:
+    """The layers that are known and which of their parameters are wanted; the parameters of all others."""
+    if isinstance(of, str) and of not in ("weights", "parameters"):
+        raise HapError(f"exact: of 'weights', 'parameters' or a list of names expected, found {of!r}")
+    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    named = there if isinstance(of, str) else {*of}
+    if absent := named - there:
+        raise HapError(f"exact: no parameter {min(absent)} in {type(model).__name__}")
+    layers, strange = dict[str, list[str]](), list[str]()
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise HapError(f"curvature: {name} takes the statistics of the batch, which couples its samples")
+        own = [key for key in dict(module.named_parameters(recurse=False)) if name_of(name, key) in named]
+        own = own if of != "weights" else ["weight"] if is_mixing(module) else []
+        if own and is_known(module):
+            layers[name] = own
+        elif own and unknown is None:
+            pads = getattr(module, "padding_mode", "zeros")
+            why = f"is not known; {KNOWN} are" if pads == "zeros" else f"pads with {pads}; only zeros are known"
+            raise HapError(f"curvature: {name} ({type(module).__name__}) {why}; unknown=PROBES leaves it to probes")
+        else:
+            strange += [name_of(name, each) for each in own]
+    if not layers:
+        raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
+    return layers, strange

@@ -1,0 +1,161 @@
+"""A model made ready for derivatives: eval mode, only the wanted parameters differentiable, its layers watched."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
+
+from hap import HapError
+from hap.hessian.losses import Batches, Loss
+from hap.hessian.persample import even
+from hap.structure.layers import Call, evaluating, first_tensor, is_mixing, weight_of
+
+
+class Seen(NamedTuple):
+    """What a layer read, what it wrote, and where in autograd's record."""
+
+    x: Tensor
+    y: Tensor  # its shape and dtype alone
+    edge: GradientEdge
+
+
+@contextmanager
+def measuring(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[dict[str, nn.Parameter]]:
+    """The named parameters, alone differentiable; by default the weights of all convolutions and linear layers."""
+    if names is None:
+        names = [weight_of(name) for name, module in model.named_modules() if is_mixing(module)]
+        if not names:
+            raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
+    for name in names:
+        layer, _, own = name.rpartition(".")
+        if not isinstance(model.get_submodule(layer)._parameters.get(own), nn.Parameter):
+            raise HapError(f"curvature: the {own} of {layer} is computed from others; make it a parameter first")
+    wanted = {name: model.get_parameter(name) for name in names}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(any(p is each for each in wanted.values()))
+        with torch.enable_grad(), evaluating(model), _affine(model):
+            yield wanted
+    finally:
+        for p, needed in flags:
+            p.requires_grad_(needed)
+
+
+def see(
+    model: nn.Module, loss: Loss, inputs: Any, layers: Mapping[str, nn.Module], sink: Callable[[str, Tensor], None]
+) -> tuple[Tensor, dict[str, Seen]]:
+    """The outputs, and what each layer saw; in a backward pass, `sink` gets the gradient of what each layer wrote."""
+    seen: dict[str, Seen] = {}
+
+    def keep(name: str, _: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
+        if name in seen:
+            raise HapError(f"curvature: {name} is called twice in one pass; per-sample gradients of shared weights mix")
+        seen[name] = Seen(first_tensor(args, kwargs).detach(), y.detach().to("meta"), get_gradient_edge(y))
+        y.register_hook(partial(sink, name))  # type: ignore[no-untyped-call]  # now: a following op in place would put its own gradient there
+
+    handles = [m.register_forward_hook(partial(keep, name), with_kwargs=True) for name, m in layers.items()]
+    try:
+        return loss.call(model, inputs), seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tracked(model: nn.Module, call: Call, inputs: Any, layers: Collection[str]) -> tuple[Any, dict[str, Tensor]]:
+    """The outputs, and what each layer read, as part of autograd's record: derivatives by it can be taken.
+
+    No parameter is differentiable inside. A layer that is called twice is refused by name.
+    """
+    reads: dict[str, Tensor] = {}
+
+    def keep(name: str, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if name in reads:
+            raise HapError(f"{name} is called twice in one pass, so what it reads is not one tensor")
+        found = first_tensor(args, kwargs)
+        # what comes from an earlier layer stays as it is, so that derivatives pass through it
+        reads[name] = found if found.requires_grad else found.detach().requires_grad_()
+        return (reads[name],), {}
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name in layers
+    ]
+    try:
+        with measuring(model, ()):
+            return call(model, inputs), reads
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Where in memory lies what autograd saves, and how many bytes it has; the model's own tensors left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    held: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if (place := t.untyped_storage().data_ptr()) not in own:
+            held[place] = t.untyped_storage().nbytes()
+        return t.detach()  # an op that saves what it wrote would hold itself, where Python cannot free it
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        yield held
+
+
+def chunks(batches: Batches, size: int) -> Iterator[tuple[Any, Tensor]]:
+    """The batches in parts of at most `size` samples; images channels last, as kernels like them."""
+    for inputs, targets in batches:
+        step = even(len(targets), size)
+        for first in range(0, len(targets), step):
+            part = slice(first, first + step)
+            yield tree_map(partial(_cut, part), inputs), targets[part]
+
+
+def _cut(part: slice, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    cut = value[part]
+    return cut.contiguous(memory_format=torch.channels_last) if cut.dim() == 4 else cut
+
+
+@contextmanager
+def _affine(model: nn.Module) -> Iterator[None]:
+    """BatchNorm with fixed statistics as the multiplication it is, whose derivatives cost a fraction of a kernel's."""
+    swapped = [module for module in model.modules() if _is_affine(module)]
+    try:
+        for module in swapped:
+            module.forward = _scaled(module)
+        yield
+    finally:
+        for module in swapped:
+            del module.forward
+
+
+def _is_affine(module: nn.Module) -> bool:
+    own = (nn.BatchNorm1d.forward, nn.BatchNorm2d.forward, nn.BatchNorm3d.forward)
+    known = isinstance(module, _BatchNorm) and type(module).forward in own and "forward" not in vars(module)
+    return known and module.running_mean is not None and not any(p.requires_grad for p in module.parameters())
+
+
+def _scaled(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The forward of a BatchNorm in eval mode, (x - mean) / sqrt(var + eps) * weight + bias."""
+    assert isinstance(norm, _BatchNorm)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (norm.running_mean, norm.running_var))
+    scale = torch.rsqrt(var + norm.eps) * (1.0 if norm.weight is None else norm.weight.detach().to(mean))
+    shift = -mean * scale if norm.bias is None else norm.bias.detach().to(mean) - mean * scale
+    dtype = norm.running_mean.dtype
+
+    def forward(x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.dim() - 2))
+        return torch.addcmul(shift.to(dtype).view(shape), x, scale.to(dtype).view(shape))
+
+    return forward

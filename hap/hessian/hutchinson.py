@@ -1,0 +1,162 @@
+"""The diagonal of the loss Hessian by random probes, as the published code estimates it [Hutchinson90]."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+from warnings import catch_warnings, filterwarnings
+
+import torch
+from torch import Tensor, nn
+
+from hap import HapError
+from hap.hessian.accumulate import ESTIMATE, Curvature
+from hap.hessian.hooks import counting, measuring
+from hap.hessian.losses import Batches, Loss
+from hap.structure.groups import Groups
+from hap.structure.layers import plain_kernels
+
+TRACE = "trace per group"  # beside the names of parameters
+SMALL = 12 * 2**20  # bytes that a batch leaves in memory; below them a step of many probes costs less than as many
+TOGETHER = 8  # probes in such a step
+
+
+def hutchinson(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    groups: Groups | None = None,
+    *,
+    probes: int,
+    rng: torch.Generator,
+    names: Sequence[str] | None = None,
+    block: bool = False,
+    until: Callable[[Curvature], bool] | None = None,
+    every: int = 10,
+    together: int | None = None,
+) -> Curvature:
+    """The mean of v * Hv over Rademacher probes v, with its standard error over them [Hutchinson90].
+
+    Each probe touches all weights at once, so the estimate of one weight carries the noise of all others; with
+    `block` it touches one parameter at a time, which takes a pass for each. H is that of each batch; batches are
+    averaged by their mass, and memory does not grow with their number or the probes'. One probe has no error: inf.
+    `names`: parameters, by default the weights of all convolutions and linear layers. `until` sees the estimate after
+    each `every` probes and ends it by True; `probes` is then the most. `together`: probes in one vectorised step; by
+    default several where layers are so small that a step costs more than its arithmetic.
+    """
+    _check(probes, every, together)
+    if until is not None and not isinstance(batches, Sequence):
+        batches = list(batches)
+    sums, rounds = Probes(), [probes]
+    if until is not None:
+        rounds = [min(every, probes - done) for done in range(0, probes, every)]
+    with plain_kernels(), measuring(model, names) as params:
+        for count in rounds:
+            for batch in batches:
+                found = _estimates(model, loss, batch, params, count, rng, block, together)
+                sums.add(found, float(loss.mass(batch[1])), groups, len(batch[1]))  # the one wait a batch
+            sums.close(count)
+            result = sums.result(1 + 2 * sums.probes * (len(params) if block else 1))
+            if until is not None and until(result):
+                break
+    return result
+
+
+class Probes:
+    """Means over probes and their standard errors, streamed: of each name one number per element."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.probes, self.freedom, self.samples, self.mass = 0, 0, 0, 0.0
+        self.sums, self.squares = dict[str, Tensor](), dict[str, Tensor]()
+        self.round_mass, self.round_samples = 0.0, 0
+
+    def add(self, estimates: Iterator[dict[str, Tensor]], mass: float, groups: Groups | None, samples: int) -> None:
+        """Take in the probes of one batch, one at a time (Welford)."""
+        mean, squares = dict[str, Tensor](), dict[str, Tensor]()
+        for n, values in enumerate(estimates, start=1):
+            if groups is not None:
+                values[TRACE] = groups.reduce(values)
+                half = f"{TRACE} {(self.probes + n) % 2}"
+                self.sums[half] = self.sums.get(half, 0.0) + mass * values[TRACE]
+            for name, value in values.items():
+                value = value.to(torch.promote_types(value.dtype, torch.float32))
+                delta = value - mean.setdefault(name, torch.zeros_like(value))
+                mean[name] += delta / n
+                squares.setdefault(name, torch.zeros_like(value)).add_(delta * (value - mean[name]))
+        for name in mean:
+            self.sums[name] = self.sums.get(name, 0.0) + mass * n * mean[name]
+            self.squares[name] = self.squares.get(name, 0.0) + mass**2 * squares[name]
+        self.round_mass, self.round_samples = self.round_mass + mass, self.round_samples + samples
+
+    def close(self, probes: int) -> None:
+        """End a round of so many probes over all batches."""
+        self.mass, self.samples = self.round_mass, self.round_samples
+        self.round_mass, self.round_samples = 0.0, 0
+        self.probes, self.freedom = self.probes + probes, self.freedom + probes - 1
+
+    def result(self, backwards: int) -> Curvature:
+        """The mean by mass, and its standard error from the spread within each round and batch."""
+        if not self.squares:
+            raise HapError("curvature: calibration batches expected, found none")
+        halves = [self.sums.get(f"{TRACE} {i}") for i in (1, 0)]
+        counts = (self.probes + 1) // 2, self.probes // 2
+        mean = {name: self.sums[name] / (self.mass * self.probes) for name in self.squares}
+        error = {name: (value / (self.freedom * self.probes)).sqrt() / self.mass if self.freedom else value + torch.inf
+                 for name, value in self.squares.items()}  # fmt: skip
+        trace, trace_error = (each.pop(TRACE).cpu() if TRACE in each else None for each in (mean, error))
+        parts = [h.cpu() / (self.mass * n) for h, n in zip(halves, counts, strict=True) if h is not None]
+        return Curvature(
+            mean, error, ESTIMATE, trace, trace_error, 1.0, 0.0, self.mass, self.samples, 1, backwards, self.probes,
+            torch.stack(parts) if len(parts) == 2 else None,
+        )  # fmt: skip
+
+
+def _estimates(
+    model: nn.Module, loss: Loss, batch: Any, params: Mapping[str, nn.Parameter], probes: int, rng: torch.Generator,
+    block: bool, together: int | None,
+) -> Iterator[dict[str, Tensor]]:  # fmt: skip
+    """v * Hv of one batch, probe by probe."""
+    weights = list(params.values())
+    with counting(model) as saved:
+        value = loss(model, batch)
+    # create_graph in grad, never in backward: that would leave the parameters in cycles with their gradients
+    slopes = torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True)
+    if together is None:
+        together = TOGETHER if sum(saved.values()) < SMALL else 1
+    for first in range(0, probes, together):
+        drawn = [[_rademacher(p, rng) for p in weights] for _ in range(min(together, probes - first))]
+        each = [torch.stack(v) for v in zip(*drawn, strict=True)]
+        if block:
+            found = [_products([s], [p], [v])[0] for s, p, v in zip(slopes, weights, each, strict=True)]
+        else:
+            found = _products(slopes, weights, each)
+        for i in range(len(drawn)):
+            yield {name: v[i] * hv[i] for name, v, hv in zip(params, each, found, strict=True)}
+
+
+def _products(slopes: Sequence[Tensor], weights: Sequence[Tensor], probes: Sequence[Tensor]) -> list[Tensor]:
+    """Hv for each of a stack of probes."""
+    alive = [i for i, s in enumerate(slopes) if s.requires_grad]  # the slope of a layer that is not used is a zero
+    if not alive:
+        return [torch.zeros_like(v) for v in probes]
+    product = partial(
+        torch.autograd.grad, [slopes[i] for i in alive], weights, retain_graph=True, materialize_grads=True
+    )
+    if len(probes[0]) > 1:
+        with suppress(RuntimeError), catch_warnings():  # a function of a stranger's that cannot be vectorised
+            filterwarnings("ignore", "There is a performance drop")
+            return list(product([probes[i] for i in alive], is_grads_batched=True))
+    rows = [product([probes[i][j] for i in alive]) for j in range(len(probes[0]))]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def _rademacher(like: Tensor, rng: torch.Generator) -> Tensor:
+    # drawn where the generator lives, so that a seed means the same on every device
+    return torch.randint(0, 2, like.shape, generator=rng, device=rng.device).to(like).mul_(2).sub_(1)
+
+
+def _check(probes: int, every: int, together: int | None) -> None:
+    for name, value in (("probes", probes), ("every", every), ("together", 1 if together is None else together)):
+        if value < 1:
+            raise HapError(f"hutchinson: {name} of at least 1 expected, found {value}")

@@ -1,0 +1,1 @@
+"""Who feeds whom: which rows of a model write which slots, and the groups that go together."""

@@ -1,0 +1,151 @@
+"""What modules are to this package: which are sliced and along which axis, which cannot be, how a model is called."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._pytree import tree_leaves
+
+from hap import HapError
+from hap.surgery.patch import Patch
+
+Call = Callable[[nn.Module, Any], Any]
+BARRIERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)  # mix the channels of a position or a group
+
+
+def forward(model: nn.Module, example: Any) -> Any:
+    """The model's output; a dict is passed as keywords, a tuple as positional arguments."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, each module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Attention as plain ops: fused kernels can lose a NaN and have no second derivative.
+
+    The fast path of nn.TransformerEncoderLayer, which goes around its modules, is off too.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def first_tensor(args: Any, kwargs: Any) -> Tensor:
+    """What a module is called with, by position or by name."""
+    found: Tensor = next(leaf for leaf in tree_leaves((args, kwargs)) if batched(leaf))
+    return found
+
+
+def weight_of(name: str) -> str:
+    """The name of a module's weight."""
+    return name_of(name, "weight")
+
+
+def name_of(layer: str, own: str) -> str:
+    """The name that a module's own parameter has in the model."""
+    return f"{layer}.{own}".removeprefix(".")  # the model itself is nameless
+
+
+def is_mixing(module: nn.Module) -> bool:
+    """Whether each output channel of the module is a weighted sum of its input channels."""
+    return isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, _ConvTransposeNd)
+
+
+def is_channelwise(module: nn.Module) -> bool:
+    """Whether the module maps each channel on its own, with weights or statistics of that channel."""
+    return isinstance(module, _BatchNorm | _InstanceNorm)
+
+
+def axis(module: nn.Module) -> int:
+    """The axis of a module's input and output that counts slots and rows."""
+    return -1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) else 1
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """How many rows and how many slots a sliced module has."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, _ConvNd):
+        return module.out_channels, module.in_channels
+    assert isinstance(module, _BatchNorm | _InstanceNorm)
+    return module.num_features, module.num_features
+
+
+def positions(module: nn.Module, t: Tensor) -> Float[Tensor, "batch rows positions"]:
+    """What a module wrote, or the gradient of it, by row and position."""
+    if isinstance(module, nn.LayerNorm):
+        return t.reshape(len(t), -1, module.weight.numel()).mT
+    return t.reshape(len(t), -1, t.shape[-1]).mT if isinstance(module, nn.Linear) else t.reshape(*t.shape[:2], -1)
+
+
+def starts(counts: tuple[int, ...]) -> list[int]:
+    """Where each module's rows (or slots) begin in the numbering of all, and the end."""
+    return [0, *accumulate(counts)]
+
+
+def sort(model: nn.Module, opaque: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """The modules that are sliced, and the barriers; nothing inside an opaque module is looked at."""
+    sliced, barriers, named = dict[str, nn.Module](), dict[str, nn.Module](), dict(model.named_modules())
+    if isinstance(opaque, str):
+        raise HapError(f"opaque: a list of module names expected, found the string {opaque!r}")
+    if missing := set(opaque) - set(named):
+        raise HapError(f"opaque: no module {min(missing)} in {type(model).__name__}")
+    for name, module in named.items():
+        by_channel = isinstance(module, nn.PReLU) and module.num_parameters > 1
+        if name in opaque or isinstance(module, BARRIERS) or by_channel:
+            barriers[name] = module
+        elif not any(name.startswith(f"{outer}.") for outer in opaque):
+            refuse_unsliceable(name, module)
+            if is_mixing(module) or is_channelwise(module):
+                sliced[name] = module
+    return sliced, barriers
+
+
+def refuse_unsliceable(name: str, module: nn.Module) -> None:
+    """HapError, with what to do, for a module whose rows and slots cannot be cut."""
+    if isinstance(module, nn.MultiheadAttention):
+        raise HapError(
+            f"{name}: nn.MultiheadAttention reads its weights without calling their modules, which cannot be traced; "
+            f"pass opaque=[{name!r}] to leave it whole, or build it from four nn.Linear"
+        )
+    if isinstance(module, Patch):
+        raise HapError(f"{name}: a Patch, so the model was pruned before; prune the dense one by as much as both")
+    if not is_mixing(module) and not is_channelwise(module):
+        return
+    if 0 in widths(module):
+        raise HapError(f"{name}: {type(module).__name__} without rows or inputs; prune the dense model instead")
+    if hasattr(module, "parametrizations"):
+        raise HapError(f"{name}: a parametrized weight cannot be sliced; call remove_parametrizations on it first")
+    if strange := {p for p, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
+        kind = f"{type(module).__name__} with a parameter {min(strange)}"
+        raise HapError(f"{name}: {kind} cannot be sliced; pass opaque=[{name!r}]")
+
+
+def batched(leaf: Any) -> bool:
+    """Whether this is a tensor with a batch axis."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0

@@ -1,0 +1,440 @@
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html import unescape
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fakes import LARGE, SPEC, fake_run, with_accuracy, write_spec
+from typer.testing import CliRunner
+
+from hap.harness.cli import app as cli
+from hap.harness.cli import terminal
+from hap.harness.records import store
+from hap.harness.spec.spec import load_spec
+from hap.harness.task import Data, MissingData
+from hap.harness.train.loop import Event
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with one spec, whose runs are made up: hap is a little better than random."""
+
+    def run(case, seed, *, say, keep):
+        say(Event("fine-tuning", 0.5))
+        better = 0.5 if case.name == "hap" else 0.0
+        return with_accuracy(fake_run(case, seed), "selected", 94.0 + better + seed / 10 * better)
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    monkeypatch.chdir(tmp_path)
+    write_spec(tmp_path)
+    return tmp_path
+
+
+def hap(*args):
+    return CliRunner().invoke(cli.app, args)
+
+
+def test_run_makes_judges_reports_and_sums_up(folder):
+    told = hap("run", "table")
+    assert told.exit_code == 0
+    assert "table [1/6] hap seed 0\n" in told.stdout
+    assert "table [6/6] random seed 2: there after 0.0 s" in told.stdout
+    assert (
+        "  HOLDS     hap is no worse than random\n"
+        f"             observed 0.55 (0.4657 to 0.6343; Student, test set of {LARGE}) over 3 seeds, "
+        "claimed accuracy selected of hap - random >= 0 ± 0.5\n"
+        "             whether its code is that of today is not known: git has no commit abc here\n"
+        "             source: the suite\n"
+    ) in told.stdout
+    for file in ("results/table", "results/tables/table.csv", "results/tables/table.md", "results/VERDICTS.md"):
+        assert (folder / file).exists()
+        assert f" {file}\n" in told.stdout
+    assert len(list((folder / "results").rglob("seed*.json"))) == 6
+
+
+def test_run_makes_only_what_is_missing_unless_told_again(folder, monkeypatch):
+    hap("run", "table")
+    made = []
+    monkeypatch.setattr(
+        "hap.harness.run.run", lambda case, seed, *, say, keep: made.append(seed) or fake_run(case, seed)
+    )
+    assert hap("run", "all").exit_code == 0
+    assert made == []
+    hap("run", "table", "--again", "--case", "random")
+    assert made == [0, 1, 2]
+
+
+def test_one_case_and_another_folder(folder):
+    told = hap("run", "reproductions/table.toml", "--case", "hap", "--results", "mine")
+    assert told.exit_code == 0
+    assert "ABSENT" in told.stdout
+    assert len(list((folder / "mine").rglob("seed*.json"))) == 3
+    assert not (folder / "results").exists()
+
+
+def test_a_case_is_also_the_name_of_all_its_budgets(folder):
+    write_spec(folder, SPEC.split("[[claims]]")[0].replace("params = 0.7", "params = [0.5, 0.7]"), "many")
+    hap("run", "many", "--case", "hap")
+    assert len(list((folder / "results" / "many").iterdir())) == 2
+
+
+def test_a_terminal_gets_a_bar(folder, monkeypatch):
+    from rich.console import Console
+
+    console = Console(force_terminal=True, width=200, color_system=None)
+    monkeypatch.setattr(cli, "out", console)
+    told = hap("run", "table")
+    assert told.exit_code == 0
+    assert "6/6" in told.stdout
+    assert "table [1/6]" not in told.stdout
+
+
+def test_tiers_choose_specs(folder):
+    write_spec(folder, SPEC.replace('tier = "quick"', 'tier = "gpu"'), "slow")
+    assert hap("run", "--tier", "quick").exit_code == 0
+    assert [path.name for path in (folder / "results").iterdir() if path.name in ("table", "slow")] == ["table"]
+    told = hap("run", "--tier", "cpu")
+    assert (told.exit_code, told.stderr) == (2, "hap: --tier cpu: no spec is of this tier\n")
+
+
+def test_judge_runs_nothing_and_fails_on_a_surprise(folder):
+    told = hap("judge")
+    assert told.exit_code == 0
+    assert told.stdout.count("ABSENT") == 2
+    hap("run", "table")
+    write_spec(folder, SPEC.replace("value = 70", "value = 80"))
+    told = hap("judge", "table")
+    assert told.exit_code == 1
+    assert "  FAILS     more than 70 % of the parameters go" in told.stdout
+    write_spec(folder, SPEC.replace("value = 70", 'value = 80\nknown = "a made-up world"'))
+    told = hap("judge", "table")
+    assert told.exit_code == 0
+    assert "known: a made-up world" in told.stdout
+
+
+def test_judge_for_a_release_fails_on_what_is_absent_or_of_unknown_age(folder):
+    assert hap("judge", "--release").exit_code == 1
+    hap("run", "table")
+    assert hap("judge").exit_code == 0
+    told = hap("judge", "table", "--release")
+    assert told.exit_code == 1
+    assert "whether its code is that of today is not known: git has no commit abc here" in told.stdout
+
+
+def test_report_writes_from_evidence(folder):
+    told = hap("report")
+    assert told.exit_code == 0
+    names = ["tables/table.csv", "tables/table.md", "tables/table.tex", "VERDICTS.md", "index.html"]
+    assert told.stdout.split() == [f"results/{name}" for name in names]
+
+
+def test_report_tells_in_one_line_what_the_page_lacks(folder, monkeypatch):
+    hap("run", "table")
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    told = hap("report")
+    assert told.exit_code == 0
+    line = "no interactive plots: vl_convert not installed; pip install 'hap[page]'"
+    assert told.stdout.splitlines()[-1] == f"index.html has {line}"
+    text = (folder / "results" / "index.html").read_text()
+    assert f'<p class="warning">{line}</p>' in unescape(text)
+    assert "vegaEmbed(" not in text.partition('"use strict"')[0]
+
+
+def test_list_tells_what_there_is(folder):
+    write_spec(folder, "x = 1", "broken")
+    hap("run", "table", "--case", "hap")
+    lines = hap("list").stdout.splitlines()
+    assert lines[0].split() == "broken cannot be read: reproductions/broken.toml: title: is required".split()
+    assert lines[1].split() == "table quick 2 cases, 3 of 6 runs made: A made-up table".split()
+
+
+def test_list_tells_what_a_spec_needs(folder):
+    write_spec(folder, 'needs = "an H200, 12 minutes a seed"\n' + SPEC)
+    assert hap("list").stdout.endswith(": A made-up table; needs an H200, 12 minutes a seed\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (("run",), "name a spec: table or all"),
+        (("run", "tabel"), "spec tabel: must be a file or a name in {}/reproductions, which has table"),
+        (("judge", "tabel"), "spec tabel: must be"),
+        (("report", "tabel"), "spec tabel: must be"),
+        (("run", "table", "--case", "x"), "--case x: must be a case of table, one of hap, random"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(folder, args, line):
+    told = hap(*args)
+    assert told.exit_code == 2
+    assert told.stderr.startswith("hap: " + line.format(folder))
+    assert told.stderr.count("\n") == 1
+
+
+def test_a_malformed_spec_is_one_line(folder):
+    write_spec(folder, SPEC.replace("params = 0.7", "params = 7"))
+    told = hap("run", "table")
+    assert told.exit_code == 2
+    assert told.stderr.startswith("hap: reproductions/table.toml: cases.hap.budget.params: ")
+    assert told.stderr.count("\n") == 1
+
+
+def test_missing_data_stops_a_spec_and_leaves_it_out_of_many(folder, monkeypatch):
+    def run(case, seed, *, say, keep):
+        raise MissingData("cifar10: not in ./data; get it")
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    told = hap("run", "table")
+    assert (told.exit_code, told.stderr) == (2, "hap: cifar10: not in ./data; get it\n")
+    write_spec(folder, name="other")
+    told = hap("run", "all")
+    assert told.exit_code == 0
+    assert "other is left out: cifar10: not in ./data; get it" in told.stdout
+
+
+def test_an_interruption_keeps_what_is_finished_and_says_so(folder, monkeypatch):
+    def run(case, seed, *, say, keep):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return fake_run(case, seed)
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    told = hap("run", "table")
+    assert told.exit_code == 130
+    assert told.stderr == f"\nhap: interrupted; {terminal.KEPT}\n"
+    assert [path.name for path in (folder / "results").rglob("*") if path.is_file()] == ["seed0.json"]
+
+
+SLOW = """
+import time
+import hap.harness.run as procedure
+
+def run(case, seed, *, say, keep):
+    open("running", "w").close()
+    time.sleep(60)
+
+procedure.run = run
+from hap.harness.cli import main
+main()
+"""
+
+
+def test_control_c_in_a_real_process(folder):
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "run", "table"],
+        cwd=folder,
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # a shell's background job ignores the signal, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / "running").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert told.strip() == f"hap: interrupted; {terminal.KEPT}"
+    assert [path.name for path in (folder / "results").rglob("*") if path.is_file()] == []
+
+
+@pytest.fixture
+def workload(monkeypatch):
+    def ready(*, width):
+        return Data("digits", "a" * 64, width == 8, "a note")
+
+    monkeypatch.setattr("fakes.ready", ready, raising=False)
+
+
+@pytest.mark.usefixtures("workload")
+def test_doctor_tells_machine_data_and_specs(folder):
+    write_spec(folder, "x = 1", "broken")
+    write_spec(folder, SPEC.replace("width = 8", "width = 9"), "mirror")
+    told = hap("doctor")
+    assert told.exit_code == 0
+    assert told.stdout.startswith("hap 0.1.0, Python 3.")
+    assert "threads" in told.stdout
+    assert "workload fakes:task: found digits (official), sha256 aaaaaaaaaaaaaaaa, a note\n" in told.stdout
+    assert "workload fakes:task: found digits (UNOFFICIAL copy)" in told.stdout
+    assert "spec table: yes: hap run table\n  evidence: ABSENT, none of 6 records\n" in told.stdout
+    assert "needs" not in told.stdout
+    assert "spec broken: NO, reproductions/broken.toml: title: is required\n" in told.stdout
+
+
+@pytest.mark.usefixtures("folder", "workload")
+def test_doctor_tells_memory_disk_and_what_can_be_installed(monkeypatch):
+    monkeypatch.setattr("hap.harness.cli.doctor.find_spec", lambda name: None if name == "submitit" else name)
+    told = hap("doctor").stdout
+    memory, free = re.search(r"^memory: (\d+) GiB; disk: (\d+) GiB free in /", told, re.MULTILINE).groups()
+    assert int(memory) > 0
+    assert int(free) == pytest.approx(shutil.disk_usage(".").free / 2**30, abs=2)
+    assert "extra cluster (hap run --slurm): NO, without submitit: python -m pip install 'hap[cluster]'" in told
+    assert "extra heads (attention heads): yes" in told
+
+
+def test_doctor_tells_of_the_machine_where_there_are_no_specs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = hap("doctor")
+    assert told.exit_code == 0
+    assert "memory: " in told.stdout
+    assert told.stdout.endswith("specs: none here; they lie in reproductions/ of a checkout\n")
+    told = hap("judge")
+    assert (told.exit_code, told.stderr.count("\n")) == (2, 1)
+    assert "/reproductions expected, found none" in told.stderr
+
+
+def test_doctor_tells_what_is_missing(folder, monkeypatch):
+    def missing(*, width):
+        raise MissingData("CIFAR-10 not found: looked in ./data; get it from a mirror")
+
+    monkeypatch.setattr("fakes.ready", missing, raising=False)
+    told = hap("doctor")
+    assert told.exit_code == 0
+    assert "workload fakes:task: NO, CIFAR-10 not found: looked in ./data; get it from a mirror\n" in told.stdout
+    assert "spec table: NO, its workload is missing\n" in told.stdout
+    write_spec(folder, SPEC.replace('tier = "quick"', 'tier = "gpu"'))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert (
+        "spec table: NO, its workload is missing and it needs a GPU\n"
+        "  needs: a GPU; the data that its workload misses, above\n"
+        "  evidence: ABSENT, none of 6 records\n"
+    ) in hap("doctor").stdout
+
+
+@pytest.mark.usefixtures("workload")
+def test_doctor_knows_that_a_gpu_is_needed(folder, monkeypatch):
+    import torch
+
+    write_spec(folder, SPEC.replace('tier = "quick"', 'tier = "gpu"'))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "spec table: NO, it needs a GPU\n  needs: a GPU; digits, which is here\n" in hap("doctor").stdout
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=48 * 2**30))
+    told = hap("doctor").stdout
+    assert "spec table: yes: hap run table\n  needs: a GPU; digits, which is here\n" in told
+    assert "of the GPU 48 GiB" in told
+
+
+@pytest.mark.usefixtures("workload")
+def test_doctor_repeats_what_a_spec_says_it_needs(folder):
+    write_spec(folder, 'needs = "a GPU of 16 GiB, 12 minutes a seed on an H200"\n' + SPEC)
+    told = hap("doctor").stdout
+    assert "  needs: a GPU of 16 GiB, 12 minutes a seed on an H200; digits, which is here\n" in told
+
+
+@pytest.mark.usefixtures("workload")
+def test_doctor_counts_evidence(folder):
+    hap("run", "table", "--case", "hap")
+    assert "  evidence: 3 of 6 records, the rest ABSENT\n" in hap("doctor").stdout
+    assert "  evidence: ABSENT, none of 6 records\n" in hap("doctor", "--results", "elsewhere").stdout
+    hap("run", "table")
+    assert "  evidence: all 6 records\n" in hap("doctor").stdout
+    next((folder / "results").rglob("seed0.json")).write_text("{")
+    told = hap("doctor")
+    assert told.exit_code == 0
+    assert re.search(r"  evidence: NO, .*seed0\.json: damaged record: .*\n", told.stdout)
+
+
+def test_doctor_makes_a_task_that_offers_nothing_quicker(monkeypatch):
+    from types import SimpleNamespace
+
+    from hap.harness.cli import doctor
+    from hap.harness.spec.functions import Ref
+
+    data = Data("digits", "a" * 64, True, "")
+    monkeypatch.setattr("fakes.task", lambda seed, *, width: SimpleNamespace(data=data))
+    assert doctor.ready(Ref(use="fakes:task", options={"width": 2}), 0) == data
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nsys.argv = ['hap', '--help']\nfrom hap.harness.cli import main\n"
+        "try:\n    main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'pydantic', 'pandas', 'numpy', 'scipy', 'matplotlib') if m in sys.modules])"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("COV", "PYTHONPATH"))}
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert told.stdout.strip().endswith("[]")
+    assert "doctor" in told.stdout
+
+
+def test_python_m_hap_is_the_same_command():
+    told = subprocess.run([sys.executable, "-m", "hap", "judge", "nothing"], cwd=ROOT, capture_output=True, text=True)
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
+    assert told.stderr.startswith("hap: spec nothing: must be a file or a name in ")
+
+
+def test_records_of_another_folder_are_found_by_the_path_of_the_spec(folder, monkeypatch):
+    spec = load_spec(folder / "reproductions" / "table.toml")
+    store.save(fake_run(spec.cases["hap"], 0), folder / "results")
+    monkeypatch.chdir("/")
+    assert "no evidence for seed 1, 2" in hap("judge", str(folder / "reproductions" / "table.toml")).stdout
+
+
+def test_a_spec_for_a_gpu_is_not_begun_without_one_but_its_records_are_read(folder, monkeypatch):
+    write_spec(folder, SPEC.replace('"quick"', '"gpu"\nneeds = "a GPU of 16 GiB"'), "big")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("HAP_DEVICE", raising=False)
+    told = hap("run", "big")
+    assert told.exit_code == 2
+    assert "hap: big: a GPU expected (a GPU of 16 GiB), found none; --smoke rehearses it on a CPU" in told.stderr
+    assert "big is left out: big: a GPU expected" in hap("run", "all").stdout
+    assert len(list((folder / "results" / "table").rglob("seed*.json"))) == 6
+    assert not (folder / "results" / "big").exists()
+    monkeypatch.setenv("HAP_DEVICE", "cpu")
+    assert hap("run", "big").exit_code == 0
+    monkeypatch.delenv("HAP_DEVICE")
+    assert hap("run", "big").exit_code == 0
+
+
+def test_smoke_goes_through_every_stage_and_keeps_nothing(folder, monkeypatch):
+    seen = []
+
+    def run(case, seed, *, say, keep):
+        seen.append((case.name, seed, case.finetune.epochs, Path(os.environ["HAP_CACHE"]).parent))
+        return fake_run(case, seed)
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    monkeypatch.setattr(
+        "hap.harness.report.write.figures", lambda spec, runs, results, root: seen.append((spec.name, root))
+    )
+    write_spec(
+        folder,
+        SPEC.replace('"quick"', '"gpu"').partition("[[claims]]")[0].replace("params = 0.7", "params = [0.5, 0.7]"),
+    )
+    before = sorted(folder.rglob("*"))
+    told = hap("run", "table", "--smoke")
+    assert told.exit_code == 0, told.stderr
+    assert "table: went through every stage; nothing of it is kept" in told.stdout
+    assert [each[:3] for each in seen[:-1]] == [("hap@50", 0, 1), ("random@50", 0, 1)]
+    assert seen[-1] == ("table", folder)
+    assert not seen[0][3].exists()
+    assert sorted(folder.rglob("*")) == before
+    seen.clear()
+    assert hap("run", "table", "--smoke", "--case", "hap@70").exit_code == 0
+    assert seen[0][0] == "hap@70"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), MemoryError()])
+def test_memory_that_runs_out_anywhere_is_one_line(folder, monkeypatch, error):
+    def run(case, seed, *, say, keep):
+        raise error
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    told = hap("run", "table")
+    assert told.exit_code == 2
+    assert "hap: memory ran out (" in told.stderr
+    assert "goes on from there" in told.stderr
