@@ -41,8 +41,7 @@ _HOMES = {
     "hessian.accumulate": "Curvature",
     "hessian.hutchinson": "hutchinson",
     "hessian.exact": "exact",
-    "budget": "Budget",
-    "plan": "Fate Plan",
+    "plan": "Budget Fate Plan",
     "surgery.apply": "apply mask",
     "implants": "merge",
 }

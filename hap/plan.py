@@ -1,10 +1,12 @@
 """A fate per group from scores and a budget, with the cost of every plan computed exactly."""
 
+import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
+from fnmatch import fnmatchcase
 from math import floor
 from typing import Any, NamedTuple
 
@@ -13,9 +15,90 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hap import HapError
-from hap.budget import Budget as Budget
-from hap.structure.groups import Groups
+from hap.structure.groups import Groups, Shape
 from hap.structure.heads import around
+
+UNITS = ("params", "macs", "groups", "prunable", "ratios")
+ROUNDING = {
+    "ceil": lambda rows: math.ceil(rows - 1e-9),
+    "floor": lambda rows: floor(rows + 1e-9),
+    "nearest": lambda rows: floor(rows + 0.5 + 1e-9),  # halves go up
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove, exactly one of: a fraction of the groups, the parameters or the MACs, or shares by layer.
+
+    `prunable`: of those parameters that go when all groups do, so that 0.6 of attention heads is 0.6 of their weights.
+    `ratios`: the share of its rows that each layer loses, by globs over the names of modules (`*` is any text, dots
+    too); a layer that no glob names loses none. Times the rows it is rounded by `rounding`: "ceil" (the default, as
+    GReg does), "floor" or "nearest"; one row always stays, and `layer_limit` is not asked.
+    `only`, `except_` (in a spec `except`): globs over the layers that may, and those that may not, be pruned.
+    `implant`: the share of the pruned groups, those of highest score, that become implants ([HAP-code]: ni_ratio).
+    `rank`: of the map that stands in for an implanted head, whose parameters count; 0 is its mean alone, which is free.
+    `layer_limit`: the largest fraction of a layer's rows that may be pruned; one row always stays, but of linear layers
+    where it is 1. `multiple`: channels kept per layer are rounded up to a multiple of this, so that kernels are full;
+    groups of highest score come back.
+    """
+
+    params: float | None = None
+    macs: float | None = None
+    groups: float | None = None
+    prunable: float | None = None
+    implant: float = 0.0
+    layer_limit: float = 0.95
+    multiple: int | None = None
+    rank: int | None = None
+    ratios: Mapping[str, float] | None = None
+    rounding: str | None = None
+    only: Sequence[str] | None = None
+    except_: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a budget that no plan can meet."""
+        if len(given := [unit for unit in UNITS if getattr(self, unit) is not None]) != 1:
+            raise HapError(f"budget: exactly one of {', '.join(UNITS)} expected, found {sorted(given) or 'none'}")
+        if self.ratios is None and not 0 < self.target < 1:
+            raise HapError(f"budget.{self.unit}: a fraction between 0 and 1 to remove expected, found {self.target}")
+        for name, rule, holds in (
+            ("implant", "a share of at least 0 and below 1", 0 <= self.implant < 1),
+            ("layer_limit", "a fraction above 0 and at most 1", 0 < self.layer_limit <= 1),
+            ("multiple", "a number of at least 1", self.multiple is None or self.multiple >= 1),
+            (
+                "rank",
+                "a number of at least 0, with implants",
+                self.rank is None or (self.rank >= 0 and self.implant > 0),
+            ),
+            (
+                "ratios",
+                "globs with shares of rows from 0 to 1, one of them above 0,",
+                self.ratios is None or (all(0 <= r <= 1 for r in self.ratios.values()) and self.target > 0),
+            ),
+            (
+                "rounding",
+                f"one of {', '.join(ROUNDING)}, with ratios,",
+                self.rounding is None or (self.ratios is not None and self.rounding in ROUNDING),
+            ),
+            ("only", "a list of globs", _is_list(self.only)),
+            ("except_", "a list of globs", _is_list(self.except_)),
+        ):
+            if not holds:
+                raise HapError(f"budget.{name}: {rule} expected, found {getattr(self, name)}")
+
+    @property
+    def unit(self) -> str:
+        """What is counted: params, macs, groups, prunable or ratios."""
+        return next(unit for unit in UNITS if getattr(self, unit) is not None)
+
+    @property
+    def target(self) -> float:
+        """The fraction of it to remove; of ratios the largest."""
+        return float(getattr(self, self.unit)) if self.ratios is None else max(self.ratios.values(), default=0.0)
+
+
+def _is_list(globs: Sequence[str] | None) -> bool:
+    return globs is None or (not isinstance(globs, str) and len(globs) > 0)
 
 
 class Fate(IntEnum):
@@ -109,11 +192,6 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
     if not bool(scores.isfinite().all()):
         raise HapError(f"scores: finite numbers expected, found {int((~scores.isfinite()).sum())} that are not")
     order, ends = _order(groups, scores, budget)
-    unit = "params" if budget.unit == "prunable" else budget.unit
-    whole, least = (
-        getattr(cost(groups, torch.full((len(groups),), int(fate))), unit) for fate in (Fate.KEEP, Fate.DROP)
-    )
-    whole -= least if budget.unit == "prunable" else 0
 
     def fates(pruned: int) -> Int[Tensor, "groups"]:
         found = torch.full((len(groups),), int(Fate.KEEP))
@@ -121,15 +199,28 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
         found[order[:dropped]], found[order[dropped:pruned]] = int(Fate.DROP), int(Fate.IMPLANT)
         return found
 
+    pruned = ends[-1] if budget.ratios is not None else _enough(groups, budget, ends, fates)
+    return Plan.of(groups, fates(pruned), {k: v for k, v in asdict(budget).items() if v is not None})
+
+
+def _enough(groups: Groups, budget: Budget, ends: list[int], fates: Callable[[int], Tensor]) -> int:
+    """The least number of groups, among those that may go together, that meets the budget."""
+    unit = "params" if budget.unit == "prunable" else budget.unit
+    whole, least = (
+        getattr(cost(groups, torch.full((len(groups),), int(fate))), unit) for fate in (Fate.KEEP, Fate.DROP)
+    )
+    whole -= least if budget.unit == "prunable" else 0
+
     def removed(pruned: int) -> float:
         left = getattr(cost(groups, fates(pruned), budget.rank), unit) - (least if budget.unit == "prunable" else 0)
         return 1 - float(left / whole) + 1e-12 if whole else 0.0  # 1 - 0.9 is less than 0.1
 
     if (most := removed(ends[-1])) < budget.target:
-        limit = f"layer_limit and multiples of {budget.multiple}" if budget.multiple else "layer_limit"
+        limits = ["layer_limit"] + [name for name in ("only", "except_") if getattr(budget, name) is not None]
+        limits += [f"multiples of {budget.multiple}"] * bool(budget.multiple)
+        limit = " and ".join(limits)
         raise HapError(f"budget.{budget.unit}: {budget.target} cannot be removed, at most {most:.4f} within {limit}")
-    pruned = ends[bisect_left(ends, budget.target, key=removed)]
-    return Plan.of(groups, fates(pruned), {k: v for k, v in asdict(budget).items() if v is not None})
+    return ends[bisect_left(ends, budget.target, key=removed)]
 
 
 def dropped(groups: Groups, fates: Int[Tensor, "groups"], rank: int | None) -> Bool[Tensor, "groups"]:
@@ -177,13 +268,10 @@ def _order(groups: Groups, scores: Tensor, budget: Budget) -> tuple[list[int], l
 
     With a multiple a group waits until enough others go with it: those of highest score are still there at the end.
     """
-    need: list[Counter[str]] = [Counter() for _ in range(len(groups) + 1)]  # rows by layer; the last: of no group
-    left, room, waiting = Counter[str](), Counter[str](), defaultdict[str, list[int]](list)
-    for layer, s in groups.shapes.items():
-        least = 0 if budget.layer_limit == 1 and s.linear else 1
-        left[layer], room[layer] = s.rows, min(floor(budget.layer_limit * s.rows + 1e-9), s.rows - least)
-        for group in groups.row_group[s.rows_at].tolist():
-            need[group][layer] += 1
+    need = _need(groups)
+    free, room = _room(groups, need, budget)
+    left = Counter({layer: s.rows for layer, s in groups.shapes.items()})
+    waiting = defaultdict[str, list[int]](list)
 
     def lump(group: int) -> list[int]:
         """The group and others that wait, so many that each layer keeps a multiple; none while there are too few."""
@@ -202,7 +290,7 @@ def _order(groups: Groups, scores: Tensor, budget: Budget) -> tuple[list[int], l
 
     order, ends = list[int](), [0]
     for group in scores.argsort(stable=True).tolist():
-        if need[group] <= room:
+        if free[group] and need[group] <= room:
             room.subtract(need[group])
             for layer in need[group]:
                 waiting[layer].append(group)
@@ -213,3 +301,74 @@ def _order(groups: Groups, scores: Tensor, budget: Budget) -> tuple[list[int], l
             order += going
             ends += [len(order)] * bool(going)
     return order, ends
+
+
+def _need(groups: Groups) -> list[Counter[str]]:
+    """How many rows of each layer every group has."""
+    need: list[Counter[str]] = [Counter() for _ in range(len(groups) + 1)]  # the last: of no group
+    for layer, s in groups.shapes.items():
+        for group in groups.row_group[s.rows_at].tolist():
+            need[group][layer] += 1
+    return need[:-1]
+
+
+def _room(groups: Groups, need: list[Counter[str]], budget: Budget) -> tuple[list[bool], Counter[str]]:
+    """Whether each group may be pruned, and how many rows each layer may lose at most."""
+    room = Counter[str]()
+    for layer, s in groups.shapes.items():
+        least = 0 if budget.layer_limit == 1 and s.linear else 1
+        limit = budget.layer_limit if budget.ratios is None else 1.0
+        room[layer] = min(floor(limit * s.rows + 1e-9), s.rows - least)
+    # the rows of a depthwise layer have no choice: they go with what they read
+    bound = [[layer for layer in each if not _is_depthwise(groups.shapes[layer])] for each in need]
+    free = [True] * len(need)
+    if budget.only is not None:
+        chosen = {layer for _, layers in _matches(groups, budget.only, "only") for layer in layers}
+        free = [all(layer in chosen for layer in layers) for layers in bound]
+    if budget.except_ is not None:
+        spared = {layer for _, layers in _matches(groups, budget.except_, "except") for layer in layers}
+        free = [ok and not spared & each.keys() for ok, each in zip(free, need, strict=True)]
+    if budget.ratios is None:
+        return free, room
+    ratios = _by_layer(groups, budget.ratios)
+    free = [ok and _agreed(layers, ratios) for ok, layers in zip(free, bound, strict=True)]
+    for layer, ratio in ratios.items():
+        sizes = [each[layer] for each, ok in zip(need, free, strict=True) if ok and layer in each]
+        of = math.gcd(*sizes) or 1  # heads go whole
+        wanted = min(ROUNDING[budget.rounding or "ceil"](ratio * groups.shapes[layer].rows / of) * of, room[layer])
+        if sum(sizes) < wanted:
+            raise HapError(f"budget.ratios: {layer}: {wanted} rows to prune, found {sum(sizes)} that may be")
+        room[layer] = wanted
+    return free, room
+
+
+def _is_depthwise(shape: Shape) -> bool:
+    return shape.conv_groups == shape.slots > 1
+
+
+def _matches(groups: Groups, globs: Iterable[str], name: str) -> Iterator[tuple[str, list[str]]]:
+    """Each glob and the layers it names, of those that have rows in groups."""
+    able = [n for n, s in groups.shapes.items() if s.mixing and bool((groups.row_group[s.rows_at] >= 0).any())]
+    for glob in globs:
+        if not (found := [layer for layer in able if fnmatchcase(layer, glob)]):
+            raise HapError(f"budget.{name}: a glob of layers whose rows may be pruned expected, found {glob!r}")
+        yield glob, found
+
+
+def _by_layer(groups: Groups, ratios: Mapping[str, float]) -> dict[str, float]:
+    """The ratio of each layer that a glob names; HapError where two globs disagree."""
+    found = dict[str, float]()
+    for glob, layers in _matches(groups, ratios, "ratios"):
+        for layer in layers:
+            if found.setdefault(layer, ratios[glob]) != ratios[glob]:
+                raise HapError(f"budget.ratios: {layer}: one ratio expected, found {found[layer]} and {ratios[glob]}")
+    return found
+
+
+def _agreed(layers: list[str], ratios: Mapping[str, float]) -> bool:
+    """Whether the layers of a group have a ratio; HapError where they have not all the same."""
+    given = {ratios.get(layer): layer for layer in reversed(layers)}
+    if len(given) > 1:
+        found = " and ".join(f"{'none' if ratio is None else ratio} for {layer}" for ratio, layer in given.items())
+        raise HapError(f"budget.ratios: one ratio for layers whose rows go together expected, found {found}")
+    return None not in given

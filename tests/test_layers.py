@@ -3,7 +3,7 @@
 The core follows the listing of the design, with more modules, each before its first reader: `patch` is the module that
 surgery adds, and `bypass` those for implants of heads; `layers` says what modules are, `taps` is what a model looks
 like to tracing; `heads` picks heads among groups, and `masking` silences groups, for scores and for surgery; `losses`,
-`persample`, `tally` and `graph` are what curvature is built of; `budget` was a part of `plan`, and `bridge` puts
+`persample`, `tally` and `graph` are what curvature is built of; `head_implants` puts
 implants of heads in their place.
 
 The harness deviates in that what has no readers yet to come moves up: `ranks` (which process this is), `binding` (how a
@@ -31,7 +31,7 @@ HERE = Path(hap.__file__).parent
 CORE = (
     "structure hessian surgery surgery.patch structure.bypass structure.layers structure.taps structure.tracing "
     "structure.groups structure.heads surgery.masking hessian.losses hessian.persample hessian.accumulate "
-    "hessian.linearity hessian.hooks hessian.hutchinson hessian.exact methods budget plan surgery.head_implants "
+    "hessian.linearity hessian.hooks hessian.hutchinson hessian.exact methods plan surgery.head_implants "
     "surgery.apply implants cost testing "
 ).split()
 HARNESS = (

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hap import HapError
-from hap.budget import UNITS, Budget
 from hap.cost import macs, params
 from hap.harness.task import Task
 from hap.harness.train.step import memory_ran_out
-from hap.plan import Plan
+from hap.plan import UNITS, Budget, Plan
 from hap.structure.groups import Groups
 from hap.structure.layers import evaluating
 

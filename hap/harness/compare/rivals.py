@@ -183,8 +183,9 @@ def blaming(rival: Rival) -> Iterator[None]:
         raise HapError(f"{rival.ref.use}: raised {told:.300} (in {at})") from error
 
 
-def _budget(case: Case) -> tuple[str, float]:
-    return case.budget.unit, case.budget.target
+def _budget(case: Case) -> tuple[Any, ...]:
+    budget = case.budget
+    return budget.unit, budget.target, budget.ratios, budget.only, budget.except_
 
 
 def _homes(use: str) -> list[Path]:

@@ -43,7 +43,8 @@ class Case(Strict):
         parts = {name: part.model_dump() if isinstance(part, Ref) else part for name, part in parts.items()}
         for name, part in (("budget", self.budget), ("finetune", self.finetune)):
             # a switch that a later version adds, and that is off, must not orphan the evidence of today
-            parts[name] = part and {k: v for k, v in asdict(part).items() if v is not None and v is not False}
+            told = {k.rstrip("_"): v for k, v in asdict(part).items()} if part else {}  # `except_` as a spec spells it
+            parts[name] = part and {k: v for k, v in told.items() if v is not None and v is not False}
         parts["recalibrate"] = self.recalibrate or None
         parts["prune"] = None if self.prune == "all" else self.prune
         return {name: part for name, part in parts.items() if part is not None}
@@ -151,12 +152,19 @@ def _implanted(where: str, case: Case) -> None:
 
 
 def _budgets(where: str, table: dict[str, Any]) -> Iterator[tuple[str, Budget]]:
-    lists = [field for field, value in table.items() if isinstance(value, list)]
+    """The budgets of a table, one for each number of the list that stands in the place of one number."""
+    table = {"except_" if field == "except" else field: value for field, value in table.items()}
+    shares = table.get("ratios")
+    shares = shares if isinstance(shares, dict) else {}
+    lists = [(f, v) for f, v in table.items() if isinstance(v, list) and f not in ("only", "except_")]
+    lists += [(glob, value) for glob, value in shares.items() if isinstance(value, list)]
     if not lists:
         yield "", build(where, Budget, table)
         return
-    if len(lists) > 1 or not table[lists[0]]:
+    if len(lists) > 1 or not lists[0][1]:
         raise wrong(where, "may give one list, not an empty one", table)
-    for value in table[lists[0]]:
-        budget = build(where, Budget, {**table, lists[0]: value})
+    name, values = lists[0]
+    for value in values:
+        one = {"ratios": {**shares, name: value}} if name in shares else {name: value}
+        budget = build(where, Budget, {**table, **one})
         yield f"@{100 * value:g}", budget
