@@ -32,7 +32,7 @@ CORE = (
     "structure hessian surgery surgery.patch structure.bypass structure.layers structure.taps structure.tracing "
     "structure.groups structure.heads surgery.masking hessian.losses hessian.persample hessian.accumulate "
     "hessian.linearity hessian.hooks hessian.hutchinson hessian.exact hessian.outputs plan surgery.cut "
-    "surgery.head_implants surgery.walks surgery.moments surgery.refit surgery.apply updates implants methods cost "
+    "surgery.head_implants surgery.walks surgery.lockstep surgery.moments surgery.refit surgery.apply updates implants reconstruction methods cost "
     "testing "
 ).split()
 HARNESS = (

@@ -4,17 +4,23 @@ Means over positions are all that a linear regression of the wanted outputs on t
 kept. A column is one number that a position reads: of a convolution a channel at a tap, in the order of the weight.
 """
 
+import copy
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from hap.hessian.persample import BYTES, even, patches
 from hap.structure.layers import positions
 
 WIDEST = 4096  # columns whose products are kept at once: 128 MiB in float64
+ENOUGH = 200  # positions a column: then the noise of the weights adds half a percent to the error
+THIN = (2, 4)
 
 
 @dataclass(frozen=True)
@@ -45,33 +51,68 @@ class Moments:
 class Sums:
     """Takes in what a layer reads and should write, batch after batch."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """`module`: a layer whose inputs these are, of a class that `is_known`."""
-        self.module, self.scratch = module, dict[str, Tensor]()
+    def __init__(self, module: nn.Module, batches: int | None = None) -> None:
+        """`module`: a layer whose inputs these are, of a class that `is_known`.
+
+        `batches`: how many there will be; then only every second or fourth pixel of large images counts, along each
+        axis, as long as ENOUGH positions a column are left. Without it all do.
+        """
+        self.module, self.batches, self.scratch = module, batches, dict[str, Tensor]()
         self.total: tuple[Tensor, ...] = ()
-        self.count = 0.0
+        self.count, self.thin, self.turn = 0.0, 0, 0
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor | None, weights: Float[Tensor, "batch positions"] | None = None) -> None:
         """Takes in a batch: `y` as the layer would write it, or None where nothing is wanted."""
-        kernel = self.module.get_parameter("weight")[0, 0].numel()
-        step = even(len(x), max(1, BYTES // (x[0].numel() * kernel * x.element_size())))
+        module = self.module
+        if isinstance(module, _ConvNd):
+            w = None if weights is None or y is None else weights.reshape(len(y), 1, *y.shape[2:])
+            module, x, y, w = self._thinned(module, x, y, w)
+            weights = None if w is None else w.flatten(1)
+        kernel = math.prod(module.get_parameter("weight").shape[2:])
+        step = even(len(x), max(1, BYTES // max(1, x[0].numel() * kernel * x.element_size())))
         for first in range(0, len(x), step):
             part = slice(first, first + step)
-            self._add(x[part], None if y is None else y[part], None if weights is None else weights[part])
+            self._add(module, x[part], y if y is None else y[part], weights if weights is None else weights[part])
 
-    def _add(self, x: Tensor, y: Tensor | None, weights: Tensor | None) -> None:
-        u = patches(self.module, x, self.scratch)
+    def _thinned(self, module: _ConvNd, x: Tensor, y: Tensor | None, w: Tensor | None) -> tuple[Any, ...]:
+        """The convolution with a larger stride, and what it reads and should write then; each time other pixels."""
+        pads, steps = module._reversed_padding_repeated_twice, module.stride
+        sizes = [n + a + b for n, a, b in zip(x.shape[2:], pads[-2::-2], pads[-1::-2], strict=True)]
+        outs = [
+            (n - d * (k - 1) - 1) // s + 1
+            for n, k, s, d in zip(sizes, module.kernel_size, steps, module.dilation, strict=True)
+        ]
+        if not self.thin:
+            spare = math.prod(outs) * len(x) * (self.batches or 0) / (ENOUGH * module.weight[0].numel())
+            self.thin = max([1, *(k for k in THIN if k ** len(outs) <= spare and min(outs) >= 2 * k)])
+        if self.thin == 1:
+            return module, x, y, w
+        wide = copy.copy(module)
+        wide.stride = tuple(step * self.thin for step in steps)
+        wide._reversed_padding_repeated_twice = [0] * len(pads)
+        starts = [(self.turn // self.thin**i) % self.thin for i in range(len(outs))]
+        self.turn += 1
+        x = F.pad(x, pads)[:, :, *(slice(at * step, None) for at, step in zip(starts, steps, strict=True))]
+        # as many as there are whole steps: rounding at the far border is that of the convolution itself
+        ends = [at + self.thin * ((n - at - 1) // self.thin) + 1 for at, n in zip(starts, outs, strict=True)]
+        lost = [
+            slice(0, (end - 1 - at) * step + d * (k - 1) + 1)
+            for at, end, step, d, k in zip(starts, ends, steps, module.dilation, module.kernel_size, strict=True)
+        ]
+        picked = (slice(None), slice(None), *(slice(at, None, self.thin) for at in starts))
+        return wide, x[:, :, *lost], y if y is None else y[picked], w if w is None else w[picked]
+
+    def _add(self, module: nn.Module, x: Tensor, y: Tensor | None, weights: Tensor | None) -> None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        u = patches(module, x.to(wide), self.scratch)
         n, groups, places, cols = u.shape
-        z = u.new_zeros(n, groups, 0, places) if y is None else positions(self.module, y).reshape(n, groups, -1, places)
-        u, z = (
-            u.transpose(0, 1).reshape(groups, n * places, cols),
-            z.permute(1, 0, 3, 2).reshape(groups, n * places, -1),
-        )
+        z = u.new_zeros(n, groups, 0, places) if y is None else positions(module, y).reshape(n, groups, -1, places)
+        u = u.transpose(0, 1).reshape(groups, n * places, cols)
+        z = z.permute(1, 0, 3, 2).reshape(groups, n * places, -1).to(u)
         w = None if weights is None else weights.reshape(1, -1, 1).to(u)
-        heavy = u if w is None else u * w
+        heavy, weighed = (u, z) if w is None else (u * w, z * w)
         self.count += n * places if weights is None else float(weights.sum())
-        weighed = z if w is None else z * w
         sums = heavy.sum(1), weighed.sum(1), heavy.mT @ u, heavy.mT @ z, (weighed * z).sum(1)
         if not self.total:
             self.total = tuple(each.double() for each in sums)
