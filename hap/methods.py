@@ -18,7 +18,7 @@ from hap.hessian.exact import exact
 from hap.hessian.hooks import measuring, tracked
 from hap.hessian.hutchinson import hutchinson
 from hap.hessian.losses import Batches, Loss
-from hap.reconstruction import ranks
+from hap.reconstruction import How, in_streams, ranks
 from hap.structure.groups import Groups
 from hap.structure.heads import slot_groups
 from hap.structure.layers import axis, evaluating, weight_of
@@ -218,14 +218,16 @@ def obs(
     rng: torch.Generator,
     allocation: Allocation = "uniform",
     ridge: float = RIDGE,
+    inner: bool = False,
 ) -> Scores:
     """Within a layer, the order in which channels cost least when the readers' other weights make up for them.
 
     Greedy removal by the rise of the readers' squared error, their inverse covariances and weights brought up to date
     after each [Hassibi93; Kurtic23]. How many go of each layer is the `allocation`'s: the same share of each, or as
-    many as the exact trace, or magnitude, would take. What no reader can make up for comes after all others.
+    many as the exact trace, or magnitude, would take. What no reader can make up for comes after all others; with
+    `inner` also the channels of residual streams.
     """
-    return _reconstructing(model, loss, batches, groups, "removal", allocation, ridge, rng)
+    return _reconstructing(model, loss, batches, groups, "removal", allocation, ridge, inner, rng)
 
 
 def cap(
@@ -237,16 +239,25 @@ def cap(
     rng: torch.Generator,
     allocation: Allocation = "uniform",
     ridge: float = RIDGE,
+    inner: bool = False,
 ) -> Scores:
     """As `obs`, but channels are chosen to stay, one after another, by how much of the readers' outputs they explain.
 
     The ranking of [Xie21]. # upstream: has no ridge, and skips a channel where a Cholesky factor fails.
     """
-    return _reconstructing(model, loss, batches, groups, "selection", allocation, ridge, rng)
+    return _reconstructing(model, loss, batches, groups, "selection", allocation, ridge, inner, rng)
 
 
 def _reconstructing(
-    model: nn.Module, loss: Loss, batches: Batches, groups: Groups, how: Any, allocation: str, ridge: float, rng: Any
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    groups: Groups,
+    how: How,
+    allocation: str,
+    ridge: float,
+    inner: bool,
+    rng: torch.Generator,
 ) -> Scores:
     inputs = [inputs for inputs, _ in batches]
     place = ranks(model, groups, inputs, loss.call, how=how, ridge=ridge)
@@ -262,8 +273,9 @@ def _reconstructing(
     for layer in _by_layer(groups):
         made_up = layer[place[layer] >= 0]
         scores[made_up[place[made_up].argsort()]] = amounts[made_up].sort().values
-    alone = place < 0
-    scores[alone] += scores.max() - amounts[alone].min() + 1 if bool(alone.any()) and not bool(alone.all()) else 0
+    last = (place < 0) | (inner & in_streams(groups))
+    if bool(last.any()) and not bool(last.all()):
+        scores[last] += scores.max() - amounts[last].min() + 1
     return scores
 
 

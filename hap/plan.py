@@ -122,11 +122,17 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The fate of every row, a letter each (`#` keep, `o` implant, `-` drop), by module, and what that removes."""
+    """The fate of every row, a letter each (`#` keep, `o` implant, `-` drop), by module, and what that removes.
+
+    `added`: parameters that the pruned model has beyond those that are left, by module: biases of an update, layers of
+    a method. `removed` does not know of them.
+    """
 
     rows: Mapping[str, str]
     removed: Mapping[str, float] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
+    added: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False)  # before and after, by unit
 
     @staticmethod
     def of(groups: Groups, fates: Int[Tensor, "groups"], budget: Mapping[str, Any] | None = None) -> "Plan":
@@ -139,7 +145,8 @@ class Plan:
         if "prunable" in (budget or {}):
             least = cost(groups, torch.full_like(fates, int(Fate.DROP))).params
             removed["prunable"] = (whole.params - left.params) / (whole.params - least)
-        return Plan(rows, removed, budget or {})
+        sizes = {"parameters": (whole.params, left.params), "MACs": (whole.macs, left.macs)}
+        return Plan(rows, removed, budget or {}, sizes=sizes)
 
     def fates(self, groups: Groups) -> Int[Tensor, "groups"]:
         """The fate of each group; HapError when the plan was made for other groups."""
@@ -162,9 +169,25 @@ class Plan:
         """Of the maps that stand in for implanted heads; None where implants are pointwise convolutions."""
         return self.budget.get("rank")
 
+    def __str__(self) -> str:
+        """What is left, as a table: sizes before and after where they are known, and each layer that loses rows."""
+        lines = [f"{'':14}{'before':>16}{'after':>16}{'left':>8}"] if self.sizes else []
+        for unit, (before, after) in self.sizes.items():
+            numbers = [f"{each:,d}" if isinstance(each, int) else f"{each:.4g}" for each in (before, after)]
+            lines.append(f"{unit:14}{numbers[0]:>16}{numbers[1]:>16}{after / max(before, 1e-300):8.1%}")
+        cut = {name: line for name, line in self.rows.items() if set(line) - {LETTER[Fate.KEEP]}}
+        lines.append(f"{len(cut)} of {len(self.rows)} layers lose rows" + ":" * bool(cut))
+        wide = max(map(len, cut), default=0)
+        for name, line in cut.items():
+            kept, implants = (line.count(LETTER[fate]) for fate in (Fate.KEEP, Fate.IMPLANT))
+            lines.append(f"  {name:{wide}} {kept:5} of {len(line):5}" + f", {implants} implants" * bool(implants))
+        lines += [f"  {name:{wide}} {count:5} parameters more" for name, count in self.added.items()]
+        return "\n".join(lines)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict, one line a module, so that two plans can be compared by eye."""
-        return {"budget": dict(self.budget), "removed": dict(self.removed), "rows": dict(self.rows)}
+        told = {"budget": dict(self.budget), "removed": dict(self.removed), "rows": dict(self.rows)}
+        return told | ({"added": dict(self.added)} if self.added else {})
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Plan":
@@ -172,7 +195,10 @@ class Plan:
         rows = data.get("rows")
         if not isinstance(rows, Mapping) or any(set(str(line)) - set(LETTER.values()) for line in rows.values()):
             raise HapError(f"plan: rows as a string of '#', 'o' and '-' for each module expected, found {rows!r:.80}")
-        return Plan(dict(rows), dict(data.get("removed", {})), dict(data.get("budget", {})))
+        parts = [dict(data.get(name, {})) for name in ("removed", "budget", "added")]
+        if any(not isinstance(n, int) or n < 0 for n in parts[2].values()):
+            raise HapError(f"plan: numbers of added parameters by module expected, found {parts[2]!r:.80}")
+        return Plan(dict(rows), *parts)
 
 
 def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Plan:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hap import HapError
 from hap.hessian.persample import is_known
-from hap.structure.groups import Groups, components
+from hap.structure.groups import Groups, ambiguous, components
 from hap.structure.layers import Call, evaluating, first_tensor
 from hap.surgery.cut import resize
 from hap.surgery.moments import WIDEST, Sums
@@ -109,6 +109,21 @@ def ranks(
             for place, group in enumerate(order(each, own, how)):
                 found[group] = place
     return found
+
+
+def in_streams(groups: Groups) -> Bool[Tensor, "groups"]:
+    """The groups that several layers read, or write together by a sum, as a residual stream; heads are none."""
+    readers, writers = (torch.zeros(len(groups), dtype=torch.long) for _ in "12")
+    heads = torch.zeros(len(groups), dtype=torch.bool)
+    joint = ambiguous(groups.feeds)
+    for name, of in _members(groups).items():
+        readers[torch.unique(of[of >= 0])] += 1
+        heads[of[(of >= 0) & joint[groups.shapes[name].slots_at]]] = True
+    for s in groups.shapes.values():
+        if s.mixing and not s.conv_groups == s.slots > 1:  # the depthwise have no say
+            of = groups.row_group[s.rows_at]
+            writers[torch.unique(of[of >= 0])] += 1
+    return (readers > 1) | ((writers > 1) & ~heads)
 
 
 def _members(groups: Groups) -> dict[str, Int[Tensor, "slots"]]:

@@ -5,7 +5,7 @@ A method may train and compensate, so its weights cannot be held against those o
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -49,8 +49,10 @@ def short(budget: Budget, removed: Mapping[str, float]) -> bool:
 
 
 def agree(name: str, task: Task, pruned: nn.Module, chosen: Plan) -> None:
-    """Raises HapError where the model lacks more or fewer parameters than its plan removes."""
-    _same(name, "parameters", chosen.removed["params"], 1 - params(pruned) / params(task.model))
+    """Raises HapError where the model lacks more or fewer parameters than its plan removes, less what it adds."""
+    whole = params(task.model)
+    planned = chosen.removed["params"] - sum(chosen.added.values()) / whole
+    _same(name, "parameters", planned, 1 - params(pruned) / whole)
 
 
 def runs(name: str, task: Task, pruned: nn.Module) -> None:
@@ -83,7 +85,7 @@ def _planned(groups: Groups, budget: Budget, given: Plan) -> Plan:
         raise HapError(f"a plan that JSON can hold expected, found {type(error).__name__}: {error}") from None
     asked = {name: value for name, value in asdict(budget).items() if value is not None}
     more = {name: value for name, value in told.budget.items() if name not in UNITS}
-    return Plan.of(groups, told.fates(groups), more | asked)
+    return replace(Plan.of(groups, told.fates(groups), more | asked), added=told.added)
 
 
 def _same(name: str, what: str, planned: float, found: float) -> None:

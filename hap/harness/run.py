@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from hap.plan import Plan, plan
 from hap.structure.groups import Groups, couple
 from hap.structure.heads import heads
 from hap.structure.tracing import trace
-from hap.surgery.apply import apply
+from hap.surgery.apply import added, apply
 from hap.testing import check_groups
 
 Method = Callable[..., tuple[nn.Module, Plan]]  # (task, groups, budget, *, rng, **options)
@@ -57,7 +57,7 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
         with clock("trace"):
             groups = remembered(case, seed, f"groups {case.coupling} {case.prune}", lambda: groups_of(task, case))
         score = Scoring(case, seed, say)
-        prune = one_shot(score, _bound(case.implant), clock) if case.score else _bound(case.method)
+        prune = one_shot(score, _bound(case.implant), _bound(case.update), clock) if case.score else _bound(case.method)
         with clock("prune"):
             found = prune(task, groups, case.budget, rng=generator(seed, "prune"))
             pruned, chosen = accepted(case.method.use, task, groups, case.budget, found) if case.method else found
@@ -98,8 +98,10 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
     )
 
 
-def one_shot(score: Callable[..., Any], implant: Any = None, clock: "Clock | None" = None) -> Method:
-    """The method of the paper made of a score and an implant: score once, plan once, apply once."""
+def one_shot(
+    score: Callable[..., Any], implant: Any = None, update: Any = None, clock: "Clock | None" = None
+) -> Method:
+    """The method of the paper made of a score, an implant and an update: score once, plan once, apply once."""
     clock = clock or Clock(silent)
 
     def method(task: Task, groups: Groups, budget: Any, *, rng: Any) -> tuple[nn.Module, Plan]:
@@ -109,9 +111,12 @@ def one_shot(score: Callable[..., Any], implant: Any = None, clock: "Clock | Non
             chosen = plan(groups, scores, budget)
         with clock("apply"):
             inputs = [inputs for inputs, _ in task.batches]
-            pruned = apply(task.model, groups, chosen, implant, batches=inputs, call=task.loss.call)
+            pruned = apply(
+                task.model, groups, chosen, implant, update, batches=inputs, call=task.loss.call, loss=task.loss
+            )
+            chosen = replace(chosen, added=added(task.model, pruned)) if update is not None else chosen
         agree(task.name, task, pruned, chosen)
-        if implant is not None:
+        if implant is not None or update is not None:
             runs(task.name, task, pruned)
         return pruned, chosen
 

@@ -14,7 +14,7 @@ from hap.hessian.losses import Loss
 from hap.plan import Plan
 from hap.structure.groups import Gone, Groups
 from hap.structure.heads import recount
-from hap.structure.layers import Call, axis, evaluating, first_tensor, forward
+from hap.structure.layers import Call, axis, evaluating, first_tensor, forward, is_mixing
 from hap.surgery.cut import Cut, cuts, gone, norm_behind
 from hap.surgery.cut import replace as replace
 from hap.surgery.cut import resize as resize
@@ -80,6 +80,16 @@ def apply(
     if update is not None:
         refit(small, model, groups, found, update, batches, call, loss=loss, memory=memory)
     return small
+
+
+def added(model: nn.Module, small: nn.Module) -> dict[str, int]:
+    """The biases that an update has given to layers of `small` that have none in the dense model, by layer."""
+    found = {}
+    for name, module in model.named_modules():
+        if is_mixing(module) and module.bias is None:
+            own = small.get_submodule(name).named_parameters()
+            found[name] = sum(p.numel() for key, p in own if key.rpartition(".")[2] == "bias")
+    return {name: count for name, count in found.items() if count}
 
 
 def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:

@@ -32,6 +32,7 @@ class Case(Strict):
     coupling: Coupling = "union"
     prune: Prune = "all"  # or attention heads alone
     implant: Ref | None = None
+    update: Ref | None = None  # new weights for what is left
     budget: InstanceOf[Budget]
     finetune: InstanceOf[Recipe] | None = None
     recalibrate: bool = False  # BatchNorm statistics measured anew after surgery
@@ -39,7 +40,8 @@ class Case(Strict):
     @property
     def decides(self) -> dict[str, Any]:
         """Everything that decides the result but the seed, JSON-able; switches that are off are left out."""
-        parts = {name: getattr(self, name) for name in ("task", "score", "method", "reference", "coupling", "implant")}
+        names = ("task", "score", "method", "reference", "coupling", "implant", "update")
+        parts = {name: getattr(self, name) for name in names}
         parts = {name: part.model_dump() if isinstance(part, Ref) else part for name, part in parts.items()}
         for name, part in (("budget", self.budget), ("finetune", self.finetune)):
             # a switch that a later version adds, and that is off, must not orphan the evidence of today
@@ -72,6 +74,7 @@ class CaseTable(Strict):
     coupling: Coupling = "union"
     prune: Prune = "all"
     implant: Spelled = None
+    update: Spelled = None
     budget: dict[str, Any] | None = None
     finetune: Table = None
     recalibrate: bool = False
@@ -143,6 +146,8 @@ def _implanted(where: str, case: Case) -> None:
         raise wrong(f"{where}.reference", "a method has no scores to compare", case.reference.use)
     if case.method is not None and case.implant is not None:
         raise wrong(f"{where}.implant", "a method brings its own implants", case.implant.use)
+    if case.method is not None and case.update is not None:
+        raise wrong(f"{where}.update", "a method brings its own updates", case.update.use)
     if case.score is not None and (case.budget.implant > 0) != (case.implant is not None):
         found = case.implant and case.implant.use
         raise wrong(f"{where}.implant", "is given exactly when budget.implant is above 0", found)

@@ -23,8 +23,9 @@ ROLES: dict[str, Role] = {
     "reference": (("model", "loss", "batches", "groups"), ("rng",)),
     "method": (("task", "groups", "budget"), ("rng",)),
     "implant": (("module", "rows", "inputs"), ()),
+    "update": (("reader", "kept", "moments"), ()),
 }
-OFFERED = {"pruned", "halves", "say"}  # what a caller hands over to a function that asks for it
+OFFERED = {"pruned", "halves", "say", "weighted"}  # what a caller hands over to a function that asks for it
 
 
 class Strict(BaseModel):
