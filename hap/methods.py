@@ -206,9 +206,6 @@ def uniform(
     return places
 
 
-Allocation = Literal["uniform", "trace", "magnitude"]
-
-
 def obs(
     model: nn.Module,
     loss: Loss,
@@ -216,7 +213,7 @@ def obs(
     groups: Groups,
     *,
     rng: torch.Generator,
-    allocation: Allocation = "uniform",
+    allocation: str = "uniform",
     ridge: float = RIDGE,
     inner: bool = False,
 ) -> Scores:
@@ -237,7 +234,7 @@ def cap(
     groups: Groups,
     *,
     rng: torch.Generator,
-    allocation: Allocation = "uniform",
+    allocation: str = "uniform",
     ridge: float = RIDGE,
     inner: bool = False,
 ) -> Scores:

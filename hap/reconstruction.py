@@ -7,7 +7,7 @@ linear algebra on one matrix a layer.
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -38,7 +38,8 @@ class Sweep:
     r: Float[Tensor, "rows cols"]
     members: Int[Tensor, "blocks"]  # groups
     blocks: Int[Tensor, "blocks width"]  # their columns
-    scale: float  # of the variance of what the reader writes
+    scale: float = 1.0  # the variance of what the reader writes
+    reader: str = ""
 
     def rises(self) -> Float[Tensor, "blocks"]:
         """The rise, or gain, of each block, as a share of the variance."""
@@ -103,7 +104,7 @@ def ranks(
     batches = list(batches)
     for names in _portions(model, members, memory):
         moments = _moments(model, names, batches, call)
-        sweeps = [s for name in names for s in _sweeps(model, name, members[name], moments.pop(name), how, ridge)]
+        sweeps = [s for name in names for s in _sweeps(name, members[name], moments.pop(name), how, ridge)]
         for each in _together(sweeps, len(groups)):
             own = sorted({group for sweep in each for group in sweep.members.tolist()})
             for place, group in enumerate(order(each, own, how)):
@@ -219,23 +220,23 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     return [resize(copy.deepcopy(module), torch.arange(len(weight)), piece) for piece in pieces]
 
 
-def _sweeps(model: nn.Module, name: str, of: Tensor, sums: list[Sums], how: How, ridge: float) -> Iterator[Sweep]:
+def _sweeps(name: str, of: Tensor, sums: list[Sums], how: How, ridge: float) -> list[Sweep]:
     """What is swept of a reader: each group of a grouped convolution, each part of one too wide."""
-    at = 0
+    at, found, whole = 0, list[Sweep](), 0.0
     for each in sums:
-        moments, weight = each.result().centred, each.module.get_parameter("weight").detach()
-        groups = moments.xx.shape[0]
-        for s, w in zip(moments.xx, weight.reshape(groups, -1, moments.xx.shape[-1]).to(moments.xx), strict=True):
+        moments, weight = each.result(), each.module.get_parameter("weight").detach()
+        ridged = moments.ridged(ridge)
+        rows = weight.reshape(len(ridged), -1, ridged.shape[-1]).to(ridged)
+        for s, w in zip(ridged, rows, strict=True):
             slots = of[at : (at := at + weight.shape[1])]
-            r = (ridge * s.diagonal().mean()).clamp_min(1e-30)
-            s = s + r * torch.eye(len(s), dtype=s.dtype, device=s.device)
-            scale = max(float(((w @ s) * w).sum()), 1e-300)
+            whole += float(((w @ s) * w).sum())
             m, side = (torch.cholesky_inverse(torch.linalg.cholesky(s)), w) if how == "removal" else (s, w @ s)
             columns = torch.arange(len(s), device=s.device).reshape(weight.shape[1], -1)
-            yield from _bundled(m, side, slots, columns, scale)
+            found += _bundled(name, m, side, slots, columns)
+    return [replace(sweep, scale=max(whole, 1e-300)) for sweep in found]
 
 
-def _bundled(m: Tensor, side: Tensor, slots: Tensor, columns: Tensor, scale: float) -> Iterator[Sweep]:
+def _bundled(name: str, m: Tensor, side: Tensor, slots: Tensor, columns: Tensor) -> Iterator[Sweep]:
     """One sweep, whose blocks must be of one width."""
     own = {
         int(group): columns[(slots == group).to(columns.device)].flatten() for group in torch.unique(slots[slots >= 0])
@@ -244,13 +245,14 @@ def _bundled(m: Tensor, side: Tensor, slots: Tensor, columns: Tensor, scale: flo
     if len(widths) > 1:
         raise HapError(f"groups with as many columns each expected in a reader, found {sorted(widths)}")
     if own:
-        yield Sweep(m, side, torch.tensor(list(own), device=m.device), torch.stack(list(own.values())), scale)
+        yield Sweep(m, side, torch.tensor(list(own), device=m.device), torch.stack(list(own.values())), reader=name)
 
 
 def _together(sweeps: list[Sweep], groups: int) -> Iterator[list[Sweep]]:
-    """The sweeps that share groups."""
-    links = torch.cat([torch.stack([s.members.cpu(), s.members[:1].cpu().expand(len(s.members))]) for s in sweeps], 1)
-    label = components(groups, links[0], links[1])
+    """The sweeps that share groups or a reader."""
+    names = list(dict.fromkeys(sweep.reader for sweep in sweeps))
+    nodes = [torch.full((len(s.members),), groups + names.index(s.reader)) for s in sweeps]
+    label = components(groups + len(names), torch.cat([s.members.cpu() for s in sweeps]), torch.cat(nodes))
     roots = [int(label[s.members[0].cpu()]) for s in sweeps]
     for root in sorted(set(roots)):
         yield [sweep for sweep, each in zip(sweeps, roots, strict=True) if each == root]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hap import HapError
 from hap.surgery.moments import Moments
 
 RIDGE = 1e-3  # by the mean variance of what is read
@@ -32,10 +33,7 @@ def least_squares(reader: nn.Module, kept: Tensor, moments: Moments, *, ridge: f
     b' = E y - W' E x. [Xie21] has the same without a ridge, from the inputs of the dense network.
     """
     c, old = moments.centred, _rows(reader, moments)
-    cols = c.xx.shape[-1]
-    r = (ridge * c.xx.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp_min(1e-30)
-    lhs = c.xx + r[:, None, None] * torch.eye(cols, dtype=c.xx.dtype, device=c.xx.device)
-    step = torch.cholesky_solve(c.xy - c.xx @ old.mT, torch.linalg.cholesky(lhs))
+    step = torch.cholesky_solve(c.xy - c.xx @ old.mT, torch.linalg.cholesky(moments.ridged(ridge)))
     return _with_mean(reader, old + step.mT, moments)
 
 
@@ -57,12 +55,14 @@ def rescale(reader: nn.Module, kept: Tensor, moments: Moments, *, ridge: float =
 
 
 def curvature_weighted(
-    reader: nn.Module, kept: Tensor, moments: Moments, *, weighted: Moments, ridge: float = RIDGE
+    reader: nn.Module, kept: Tensor, moments: Moments, *, weighted: Moments | None = None, ridge: float = RIDGE
 ) -> Updated:
     """Least squares in which an error counts by the curvature of the loss where it is made: each sample and position.
 
     The weight is the trace over the rows of the Gauss-Newton matrix in what the reader writes there. Our choice.
     """
+    if weighted is None:
+        raise HapError("curvature_weighted: moments weighted by curvature expected, found none; apply() gives them")
     return least_squares(reader, kept, weighted, ridge=ridge)
 
 

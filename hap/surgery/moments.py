@@ -36,6 +36,7 @@ class Moments:
     xx: Float[Tensor, "groups cols cols"]
     xy: Float[Tensor, "groups cols rows"]
     yy: Float[Tensor, "groups rows"]  # squares alone
+    eps: float = 2**-23  # the relative rounding of a product
 
     @property
     def centred(self) -> "Moments":
@@ -46,6 +47,15 @@ class Moments:
             xy=self.xy - self.x[:, :, None] * self.y[:, None],
             yy=self.yy - self.y.square(),
         )
+
+    def ridged(self, ridge: float) -> Float[Tensor, "groups cols cols"]:
+        """The covariance of x plus r on its diagonal, with r = `ridge` times the mean variance of a column.
+
+        And as much as the rounding of large means may have taken from the smallest eigenvalue.
+        """
+        c, power = self.centred.xx, self.xx.diagonal(dim1=-2, dim2=-1).sum(-1)
+        r = ridge * c.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0) + self.eps * power
+        return c + r.clamp_min(1e-30)[:, None, None] * torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
 
 
 class Sums:
@@ -59,7 +69,7 @@ class Sums:
         """
         self.module, self.batches, self.scratch = module, batches, dict[str, Tensor]()
         self.total: tuple[Tensor, ...] = ()
-        self.count, self.thin, self.turn = 0.0, 0, 0
+        self.count, self.thin, self.turn, self.eps = 0.0, 0, 0, 0.0
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor | None, weights: Float[Tensor, "batch positions"] | None = None) -> None:
@@ -105,7 +115,7 @@ class Sums:
 
     def _add(self, module: nn.Module, x: Tensor, y: Tensor | None, weights: Tensor | None) -> None:
         wide = torch.promote_types(x.dtype, torch.float32)
-        u = patches(module, x.to(wide), self.scratch)
+        u, self.eps = patches(module, x.to(wide), self.scratch), torch.finfo(wide).eps
         n, groups, places, cols = u.shape
         z = u.new_zeros(n, groups, 0, places) if y is None else positions(module, y).reshape(n, groups, -1, places)
         u = u.transpose(0, 1).reshape(groups, n * places, cols)
@@ -125,7 +135,7 @@ class Sums:
         means = [each / max(self.count, 1e-300) for each in self.total]
         order = self._order().to(means[0].device)
         x, y, xx, xy, yy = means
-        return Moments(self.count, x[:, order], y, xx[:, order][:, :, order], xy[:, order], yy)
+        return Moments(self.count, x[:, order], y, xx[:, order][:, :, order], xy[:, order], yy, self.eps)
 
     def _order(self) -> Tensor:
         """Where each column of the weight is among those of patches, which have their taps first."""

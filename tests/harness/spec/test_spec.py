@@ -64,6 +64,16 @@ def test_a_budget_may_be_given_by_layer(tmp_path):
     assert spec.cases["hap@70"].budget == Budget(ratios={"layer1.*": 0.7, "layer2.*": 0.3}, implant=0.1)
 
 
+def test_a_case_may_name_an_update(tmp_path):
+    case = load(tmp_path, changed(SCORE, SCORE + '\nupdate = {use = "hap.updates:least_squares", ridge = 0.1}')).cases[
+        "hap"
+    ]
+    assert case.update == Ref(use="hap.updates:least_squares", options={"ridge": 0.1})
+    assert case.key != load(tmp_path).cases["hap"].key
+    weighted = load(tmp_path, changed(SCORE, SCORE + '\nupdate = "hap.updates:curvature_weighted"'))
+    assert weighted.cases["hap"].update.options == {}
+
+
 def test_a_case_may_prune_some_layers_only(tmp_path):
     spec = load(tmp_path, changed("params = 0.7", 'params = 0.7, only = ["*.conv1"], except = ["layer1.*"]'))
     assert spec.cases["hap"].budget == Budget(params=0.7, implant=0.1, only=["*.conv1"], except_=["layer1.*"])
@@ -227,6 +237,18 @@ MALFORMED = {
     "an empty list": ("params = 0.7", "params = []", "cases.hap.budget", "not an empty one"),
     "a ratio too large": ("params = 0.7", "ratios = {a = 1.7}", "cases.hap.budget.ratios", "1.7"),
     "globs as a string": ("params = 0.7", "params = 0.7, only = 'a'", "cases.hap.budget.only", "array"),
+    "an update with an unknown option": (
+        SCORE,
+        SCORE + "\nupdate = {use = 'hap.updates:mean', ridge = 1}",
+        "cases.hap.update.ridge",
+        "unknown option",
+    ),
+    "an update of a method": (
+        SCORE + '\nimplant = "fakes:implant"',
+        "method = 'fakes:method'\nupdate = 'hap.updates:mean'",
+        "cases.hap.update",
+        "a method brings its own updates",
+    ),
     "two lists": (BUDGET, "budget = {params = [0.7], implant = [0.1]}", "cases.hap.budget", "may give one list"),
     "one case twice": ("params = 0.7", "params = [0.7, 0.7]", "cases.hap.budget", "twice (found 'hap@70')"),
     "a list with a bad item": ("params = 0.7", "params = [0.7, 'x']", "cases.hap.budget.params", "valid number"),
