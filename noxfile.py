@@ -47,9 +47,10 @@ def tests(session: nox.Session) -> None:
 
 @session
 def lint(session: nox.Session) -> None:
-    """Check the style of all Python files with ruff."""
+    """Check the style of all Python files with ruff, and the order of the rooms with import-linter."""
     _run(session, "ruff", "check", ".")
     _run(session, "ruff", "format", "--check", ".")
+    session.run(str(Path(_python(session)).with_name("lint-imports")), "--no-cache", external=True)
 
 
 @session

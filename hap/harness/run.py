@@ -16,8 +16,8 @@ from torch import nn
 from hap.cost import latency, macs, params
 from hap.harness.batchnorm import recalibrate
 from hap.harness.processes import ranks
+from hap.harness.processes.provenance import code, environment
 from hap.harness.records.freshness import decides, entrances
-from hap.harness.records.provenance import code, environment
 from hap.harness.returned import accepted, agree, runs
 from hap.harness.scoring import Scoring, remembered
 from hap.harness.spec.functions import Ref

@@ -60,7 +60,7 @@ def run(
 ) -> None:
     """Make the evidence that is missing, judge it, write the report; under torchrun, on several GPUs at once."""
     from hap.harness.cli import making
-    from hap.harness.processes import fanout
+    from hap.harness.cli.slurm import options
     from hap.harness.spec.spec import load_spec
 
     if not specs and tier is None:
@@ -69,7 +69,7 @@ def run(
     chosen = {path: spec for path, spec in chosen.items() if tier in (None, spec.tier)}
     if not chosen:
         raise HapError(f"--tier {tier}: no spec is of this tier")
-    jobs = fanout.options(slurm) if slurm else None
+    jobs = options(slurm) if slurm else None
     if jobs and "TORCHELASTIC_RUN_ID" in os.environ:
         raise HapError("--slurm: sends jobs by itself, and not under torchrun; ranks=N gives each job N ranks")
     if smoke and jobs:

@@ -4,7 +4,6 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from hap.harness.processes.files import cache
 from hap.harness.records import store
 from hap.harness.spec.functions import Ref
 from hap.harness.spec.spec import Spec, load_spec
-from hap.harness.task import Data
+from hap.harness.task import Data, ready
 from hap.harness.train.recipe import Recipe
 
 GIB = 2**30
@@ -83,14 +82,6 @@ def extras() -> Iterator[str]:
         yield f"extra {name} ({use}): {state}"
 
 
-def ready(task: Ref, seed: int) -> Data:
-    """The data of a workload, read; a task module may offer `ready(**options)` where its task takes long to make."""
-    quick = getattr(import_module(task.use.partition(":")[0]), "ready", None)
-    data = quick(**task.options) if quick is not None else task.load()(seed, **task.options).data
-    assert isinstance(data, Data)
-    return data
-
-
 def _recipe(task: Ref, spec: Spec) -> Recipe | None:
     """The first by which a spec trains on such a workload."""
     return next((case.finetune for case in spec.cases.values() if case.task.use == task.use and case.finetune), None)
@@ -98,7 +89,7 @@ def _recipe(task: Ref, spec: Spec) -> Recipe | None:
 
 def _look(task: Ref, seed: int) -> Data | HapError:
     try:
-        return ready(task, seed)
+        return ready(task.use, task.options, seed)
     except HapError as error:
         return error
 

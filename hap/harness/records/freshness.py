@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hap
-from hap.harness.records.provenance import checksum
+from hap.harness.processes.provenance import checksum
 
 PACKAGE = Path(hap.__file__).parent
 ENTRANCE = "hap.harness.run:run"
@@ -40,9 +40,9 @@ ROLES = ("task", "score", "method", "reference", "implant")
 SILENT = {
     f"hap.harness.{name}"
     for name in (
-        "spec.functions train.checkpoints processes.events processes.files records.freshness records.provenance "
+        "spec.functions train.checkpoints processes.events processes.files processes.provenance records.freshness "
         "tasks.cache "
-        "binding checkpoints events files freshness provenance"  # where they lay until version 0.1, for older commits
+        "binding checkpoints events files freshness provenance records.provenance"  # where they lay in older commits
     ).split()
 }
 

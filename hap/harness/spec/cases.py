@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, InstanceOf
 
+from hap.budget import Budget
 from hap.harness.spec.functions import ROLES, Ref, Spelled, Strict, build, resolve, wrong
-from hap.harness.train.loop import Recipe
-from hap.plan import Budget
+from hap.harness.train.recipe import Recipe
 
 Coupling = Literal["tied", "union"]
 Prune = Literal["all", "heads"]
