@@ -1,9 +1,7 @@
 """Workloads: a module a workload, a function `task(seed, *, options) -> Task` in it; knows nothing of pruning."""
 
-import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -45,14 +43,3 @@ class Task:
     test_samples: int | None = None  # of the test set, for the error that its size leaves
     sharded: bool = False  # whether `train` gives each rank its own part of a batch, not all of it
     threads: int | None = None  # CPU threads that serve this size best; None leaves torch's setting
-
-
-def ready(use: str, options: Mapping[str, Any], seed: int) -> Data:
-    """The data of the workload `use`, "package.module:function", read from disk; MissingData where there is none.
-
-    The module may offer `ready(**options) -> Data`, for a task that takes long to build; else the task is built.
-    """
-    quick = getattr(import_module(use.partition(":")[0]), "ready", None)
-    data = quick(**options) if quick is not None else pkgutil.resolve_name(use)(seed, **options).data
-    assert isinstance(data, Data)
-    return data

@@ -13,9 +13,9 @@ from hap import HapError, __version__
 from hap.harness.cli import pipeline
 from hap.harness.processes.files import cache
 from hap.harness.records import store
-from hap.harness.spec.functions import Ref
+from hap.harness.spec.functions import Ref, ready
 from hap.harness.spec.spec import Spec, load_spec
-from hap.harness.task import Data, ready
+from hap.harness.task import Data
 from hap.harness.train.recipe import Recipe
 
 GIB = 2**30
@@ -89,7 +89,7 @@ def _recipe(task: Ref, spec: Spec) -> Recipe | None:
 
 def _look(task: Ref, seed: int) -> Data | HapError:
     try:
-        return ready(task.use, task.options, seed)
+        return ready(task, seed)
     except HapError as error:
         return error
 

@@ -23,9 +23,8 @@ from hap.harness.processes import provenance
 from hap.harness.processes.files import atomic_writes, cache
 from hap.harness.records import store
 from hap.harness.run import Run
-from hap.harness.spec.functions import Ref, mistake, resolve
+from hap.harness.spec.functions import Ref, mistake, ready, resolve
 from hap.harness.spec.spec import Case, Spec
-from hap.harness.task import ready
 from hap.harness.train.step import memory_ran_out
 
 Role = Literal["score", "method", "implant"]
@@ -89,7 +88,7 @@ def committed(spec: Spec, cases: Sequence[Case], results: Path, rerun: bool = Fa
         if not found[case.name]:
             raise HapError(f"{spec.name}: committed evidence of {case.name} expected, found none; `hap run` makes it")
         run = found[case.name][0]
-        here = ready(case.task.use, case.task.options, run.seed).sha256
+        here = ready(case.task, run.seed).sha256
         if here != run.data["sha256"] and not rerun:
             raise HapError(
                 f"{spec.name}: the data of the committed evidence expected, sha256 {run.data['sha256'][:16]}, "
@@ -150,7 +149,7 @@ def known(spec: Spec, results: Path) -> Iterator[str]:
     implants = any(case.implant for case in spec.cases.values())
     yield f"  ranked among {', '.join(stems)}; implants: {'yes' if implants else 'no'}"
     try:
-        data = ready(cases[0].task.use, cases[0].task.options, seeds[0])
+        data = ready(cases[0].task, seeds[0])
         same = data.sha256 == evidence[cases[0].name][0].data["sha256"]
         yield f"  data: {data.name}, here{'' if same else ', but OTHERS than those of the evidence'}"
     except HapError as error:

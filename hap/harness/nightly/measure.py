@@ -26,8 +26,9 @@ from hap.harness.processes import provenance
 from hap.harness.processes.files import atomic_write, cache, caching
 from hap.harness.records import store
 from hap.harness.run import Run
+from hap.harness.spec.functions import ready
 from hap.harness.spec.spec import STAGELESS, Case, Claim, Spec, require
-from hap.harness.task import MissingData, ready
+from hap.harness.task import MissingData
 from hap.harness.train.loop import threads
 from hap.harness.verdicts.measures import value
 
@@ -115,7 +116,7 @@ def runnable(specs: Sequence[Spec], notes: list[str]) -> list[Spec]:
         try:
             require(spec)
             for task in {str(case.task): case.task for case in spec.cases.values()}.values():
-                ready(task.use, task.options, spec.seeds[0])
+                ready(task, spec.seeds[0])
             found.append(spec)
         except MissingData as error:
             notes.append(f"{spec.name} is left out: {error}")

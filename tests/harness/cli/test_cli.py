@@ -17,7 +17,7 @@ from hap.harness.cli import app as cli
 from hap.harness.cli import terminal
 from hap.harness.records import store
 from hap.harness.spec.spec import load_spec
-from hap.harness.task import Data, MissingData, ready
+from hap.harness.task import Data, MissingData
 from hap.harness.train.loop import Event
 
 ROOT = Path(__file__).parents[3]
@@ -351,9 +351,12 @@ def test_doctor_counts_evidence(folder):
 def test_doctor_makes_a_task_that_offers_nothing_quicker(monkeypatch):
     from types import SimpleNamespace
 
+    from hap.harness.cli import doctor
+    from hap.harness.spec.functions import Ref
+
     data = Data("digits", "a" * 64, True, "")
     monkeypatch.setattr("fakes.task", lambda seed, *, width: SimpleNamespace(data=data))
-    assert ready("fakes:task", {"width": 2}, 0) == data
+    assert doctor.ready(Ref(use="fakes:task", options={"width": 2}), 0) == data
 
 
 def test_help_imports_nothing_heavy():

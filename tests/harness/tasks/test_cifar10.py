@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from hap import HapError
 from hap.cost import params
+from hap.harness.cli import doctor
 from hap.harness.spec.functions import Ref, resolve
-from hap.harness.task import ready
 from hap.harness.tasks import cifar10, cifar10_resnet20, cifar10_resnet32, cifar10_resnet56, cifar10_scratch, data
 from hap.harness.tasks.nets import resnet
 from hap.harness.train import loop as training
@@ -230,12 +230,12 @@ def test_switches_of_the_recipe_are_passed_on(folder, untrained, options):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_doctor_looks_at_the_data_without_training(name, folder, monkeypatch):
     monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("trained"))
-    found = ready(f"hap.harness.tasks.cifar10_{name}:task", {"epochs": 3}, 0)
+    found = doctor.ready(Ref(use=f"hap.harness.tasks.cifar10_{name}:task", options={"epochs": 3}), 0)
     assert (found.name, found.official) == ("cifar10", False)
     monkeypatch.setenv("HAP_DATA", str(folder))
     monkeypatch.setattr("hap.harness.tasks.data.roots", lambda root=None: [folder])
     with pytest.raises(HapError, match="CIFAR-10 not found"):
-        ready(f"hap.harness.tasks.cifar10_{name}:task", {}, 0)
+        doctor.ready(Ref(use=f"hap.harness.tasks.cifar10_{name}:task"), 0)
 
 
 @pytest.mark.parametrize(("task", "depth"), [(cifar10_resnet20, 20), (cifar10_resnet32, 32), (cifar10_resnet56, 56)])

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hap.harness.task import MissingData, ready
+from hap.harness.cli import doctor
+from hap.harness.spec.functions import Ref
+from hap.harness.task import MissingData
 from hap.harness.tasks import digits_bert, digits_preresnet
 from hap.harness.train import loop as training
 from hap.harness.train.loop import generator
@@ -59,7 +61,7 @@ def test_splits_and_data_are_those_of_the_convolutional_network(untrained):
     pictures, data = digits_preresnet.digits()
     made = digits_bert.task(0, samples=50, batch=20)
     assert made.data == data == digits_bert.ready(samples=3)
-    assert ready("hap.harness.tasks.digits_bert:task", {}, 0) == data
+    assert doctor.ready(Ref(use="hap.harness.tasks.digits_bert:task"), 0) == data
     for which in ("validation", "test"):
         images, seen = pictures[which], []
         for inputs in torch.split(images.pixels.flatten(1).long(), 100):

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from hap import HapError
 from hap.cost import params
 from hap.harness import scoring
+from hap.harness.cli import doctor
 from hap.harness.run import run
 from hap.harness.spec.functions import Ref, resolve
 from hap.harness.spec.spec import Case
-from hap.harness.task import MissingData, ready
+from hap.harness.task import MissingData
 from hap.harness.tasks import encoder, glue_bert, glue_minilm, glue_roberta
 from hap.harness.train import loop as training
 from hap.harness.train.loop import Recipe, generator
@@ -468,7 +469,7 @@ def test_an_encoder_of_the_hub_is_pinned_and_a_hub_that_is_away_is_one_line(modu
     ((where, revision),) = asked
     assert where == name
     assert len(revision) == 40
-    assert ready(f"{module.__name__}:task", {"data": "MRPC"}, 0).name == "glue/MRPC"
+    assert doctor.ready(Ref(use=f"{module.__name__}:task", options={"data": "MRPC"}), 0).name == "glue/MRPC"
 
 
 def test_both_loaders_are_given_the_revision(monkeypatch):

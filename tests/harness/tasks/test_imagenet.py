@@ -10,8 +10,9 @@ import torch
 from torchvision.models import squeezenet1_0
 
 from hap import HapError
+from hap.harness.cli import doctor
 from hap.harness.spec.functions import Ref, resolve
-from hap.harness.task import MissingData, ready
+from hap.harness.task import MissingData
 from hap.harness.tasks import imagenet, imagenet_resnet50, imagenet_squeezenet
 from hap.harness.tasks.imagefolder import listed
 from hap.harness.tasks.imagenet import HELD_OUT, SMOKE, few, split, weights, wnids
@@ -233,8 +234,8 @@ def test_counts_below_one_are_refused(home, options):
 def test_the_doctor_looks_at_the_folders_without_the_network(home, monkeypatch):
     monkeypatch.setattr(imagenet_resnet50, "resnet50", lambda: pytest.fail("built"))
     monkeypatch.setattr(imagenet_squeezenet, "squeezenet1_0", lambda: pytest.fail("built"))
-    assert ready(RESNET50, {"images": 3}, 0).name == "imagenet"
-    assert ready(SQUEEZENET, {"whole": True}, 0).name == "imagenet-sample"
+    assert doctor.ready(Ref(use=RESNET50, options={"images": 3}), 0).name == "imagenet"
+    assert doctor.ready(Ref(use=SQUEEZENET, options={"whole": True}), 0).name == "imagenet-sample"
 
 
 def test_few_images_are_of_all_classes(home):
