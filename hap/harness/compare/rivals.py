@@ -22,7 +22,7 @@ from hap.harness.compare.differences import Difference, Pairs
 from hap.harness.processes import provenance
 from hap.harness.processes.files import atomic_writes, cache
 from hap.harness.records import store
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.functions import Ref, mistake, ready, resolve
 from hap.harness.spec.spec import Case, Spec
 from hap.harness.train.step import memory_ran_out
