@@ -175,7 +175,9 @@ def normed(*tail: nn.Module) -> nn.Module:
 
 def tokens_normed() -> nn.Module:
     """Linear layers, BatchNorm over features, then LayerNorm."""
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.LayerNorm(8), nn.Linear(8, 5))
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.LayerNorm(8), nn.Linear(8, 5)
+    )
 
 
 # what follows a BatchNorm freezes its rows, so that the rows that feed it are frozen too

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ def forward(model: nn.Module, example: Any) -> Any:
     if isinstance(example, Mapping):
         return model(**example)
     return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def failure(error: Exception, model: nn.Module) -> str:
+    """Why a forward pass failed, in one line: the innermost module whose call raised, the exception, its first line."""
+    names = {module: name for name, module in model.named_modules()}
+    callers = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    where = next((m for m in reversed(callers) if isinstance(m, nn.Module) and m in names), model)
+    says = (str(error).strip().splitlines() or ["without a message"])[0]
+    return f"{names[where] or 'the model'} ({type(where).__name__}): {type(error).__name__}: {says}"
 
 
 @contextmanager

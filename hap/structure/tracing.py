@@ -40,6 +40,7 @@ class Feeds:
     padded_slots: Bool[Tensor, "slots"]  # those that read a padded channel: it is there whatever goes
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def trace(model: nn.Module, example: Any, *, call: Call = forward, opaque: Sequence[str] = ()) -> Feeds:
     """Find which rows feed which slots.
@@ -58,6 +59,7 @@ def trace(model: nn.Module, example: Any, *, call: Call = forward, opaque: Seque
     return _assemble(taps, torch.cat([torch.empty(2, 0, dtype=torch.long), *edges], dim=1), outside, padded)
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def declare(
     model: nn.Module,

@@ -46,6 +46,7 @@ class Cut(NamedTuple):
     given: Bool[Tensor, "slots"]  # slots that are there to be read
 
 
+@torch.inference_mode(mode=False)
 def apply(
     model: nn.Module,
     groups: Groups,
@@ -84,6 +85,7 @@ def apply(
     return small
 
 
+@torch.inference_mode(mode=False)
 def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     """A copy of the same size that computes what `apply` with zero implants computes: the oracle of the tests."""
     gone, implanted = _gone(groups, plan)
