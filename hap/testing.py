@@ -15,6 +15,7 @@ from hap.hessian.losses import Loss
 from hap.implants import zero
 from hap.plan import Fate, Plan
 from hap.plan import cost as planned
+from hap.structure.diagnosis import refuse_random
 from hap.structure.groups import Groups
 from hap.structure.layers import Call, failure, forward
 from hap.surgery.apply import Implant, Inputs, apply, mask
@@ -54,6 +55,7 @@ def check_groups(
         one, other = (torch.cat([t.flatten() for t in each]) for each in (found, expected))
         gap = float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
         if not gap <= tolerance:
+            refuse_random(oracle, example, call)
             raise HapError(f"check_groups: surgery and masking differ by {gap:.1e} relative, {tolerance:.0e} allowed")
         left = planned(groups, chosen.fates(groups)).params
         if left != cost.params(small):

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hap import HapError
 from hap.hessian.accumulate import Curvature, Tally, join
-from hap.hessian.hooks import Seen, chunks, counting, measuring, refuse_unfinite_diagonal, see
+from hap.hessian.hooks import Seen, chunks, counting, measuring, refuse_unfinite_diagonal, refuse_without_layers, see
 from hap.hessian.hutchinson import hutchinson
 from hap.hessian.linearity import piecewise_linear, refuse_shared, sources
 from hap.hessian.losses import Batches, Loss, refuse_loss
@@ -188,5 +188,5 @@ def _sort(model: nn.Module, of: str | Sequence[str], unknown: int | None) -> tup
         else:
             strange += [name_of(name, each) for each in own]
     if not layers:
-        raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
+        refuse_without_layers(model)
     return layers, strange

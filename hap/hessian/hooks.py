@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from hap import HapError
 from hap.hessian.losses import Batches, Loss
 from hap.hessian.persample import even
-from hap.structure.layers import Call, evaluating, first_tensor, is_mixing, weight_of
+from hap.structure.layers import Call, evaluating, first_tensor, is_mixing, refuse_hidden, uncompiled, weight_of
 
 
 class Seen(NamedTuple):
@@ -31,7 +31,7 @@ def measuring(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[
     if names is None:
         names = [weight_of(name) for name, module in model.named_modules() if is_mixing(module)]
         if not names:
-            raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
+            refuse_without_layers(model)
     for name in names:
         layer, _, own = name.rpartition(".")
         if not isinstance(model.get_submodule(layer)._parameters.get(own), nn.Parameter):
@@ -44,11 +44,18 @@ def measuring(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[
     try:
         for p, _ in flags:
             p.requires_grad_(any(p is each for each in wanted.values()))
-        with torch.enable_grad(), evaluating(model), _affine(model):
+        with torch.enable_grad(), uncompiled(model), evaluating(model), _affine(model):
             yield wanted
     finally:
         for p, needed in flags:
             p.requires_grad_(needed)
+
+
+def refuse_without_layers(model: nn.Module) -> NoReturn:
+    """HapError for a model in which no layer is seen, with what to do where it hides them."""
+    for name, module in model.named_modules():
+        refuse_hidden(name, module)
+    raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
 
 
 def refuse_unfinite(who: str, values: Mapping[str, Tensor]) -> None:

@@ -181,6 +181,24 @@ def test_a_state_dict_fits_a_second_surgery():
     assert torch.equal(logits(first, example), logits(second, example))
 
 
+def test_what_is_made_under_inference_mode_can_be_trained():
+    model, example = build(SMALL, "preresnet")
+    groups = couple(model, trace(model, example), "union")
+    with torch.inference_mode():
+        small = operate(model, groups, random_plan(groups, torch.Generator().manual_seed(0)), zero)
+    forward(small, example).square().sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+def test_a_model_that_cannot_be_copied_is_said_to():
+    model, example = build(SMALL, "mlp")
+    groups = couple(model, trace(model, example))
+    model.seen = model(example)  # a tensor with a history
+    for make in (operate, mask):
+        with pytest.raises(HapError, match=r"apply: Sequential cannot be copied .*; take off what wraps it, or drop"):
+            make(model, groups, random_plan(groups, torch.Generator().manual_seed(0), 0.5, 0.0))
+
+
 def test_pruning_twice_is_possible():
     model, example = build(SMALL, "preresnet")
     for seed in range(2):
