@@ -17,7 +17,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves
 
 from hap import HapError
-from hap.surgery.patch import Patch
 
 Call = Callable[[nn.Module, Any], Any]
 BARRIERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)  # mix the channels of a position or a group
@@ -191,8 +190,8 @@ def refuse_unsliceable(name: str, module: nn.Module) -> None:
             f"{name}: nn.MultiheadAttention reads its weights without calling their modules, which cannot be traced; "
             f"pass opaque=[{name!r}] to leave it whole, or build it from four nn.Linear"
         )
-    if isinstance(module, Patch):
-        raise HapError(f"{name}: a Patch, so the model was pruned before; prune the dense one by as much as both")
+    if why := getattr(module, "unsliceable", None):
+        raise HapError(f"{name}: {why}")
     if not is_mixing(module) and not is_channelwise(module):
         return
     if 0 in widths(module):

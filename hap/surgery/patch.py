@@ -20,6 +20,8 @@ class Patch(nn.Module):
 
     places: Tensor
     take: Tensor
+    # what tracing says of a module that has this attribute
+    unsliceable = "a Patch, so the model was pruned before; prune the dense one by as much as both"
 
     def __init__(self, parts: list[nn.Module], places: Tensor, take: Tensor, axis: int, given: int, width: int) -> None:
         """`places`: of the rows that the parts compute, one after another; `given`, `width`: of input and output."""
