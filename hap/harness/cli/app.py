@@ -171,7 +171,8 @@ def lint_results(results: Results = None) -> None:
     """Check committed results: sums, differences, budgets, conventions, tables. Exit code 1 if something is wrong."""
     from hap.harness.cli.lint import lint
 
-    found = lint(FOLDER, results_of(FOLDER / "any", results))
+    with out.status("reading") as status:
+        found = lint(FOLDER, results_of(FOLDER / "any", results), lambda name: status.update(f"checking {name}"))
     for finding in found:
         say(finding.line)
     say(f"{len(found)} findings" if found else "nothing is wrong")
