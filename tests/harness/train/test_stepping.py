@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import INPUTS, RECIPE, TARGETS, net, small
+from small import INPUTS, RECIPE, TARGETS, net, small
 from torch import nn
 from torch.nn import functional as F
 
