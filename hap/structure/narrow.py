@@ -7,8 +7,9 @@ a wrong gradient (github.com/uxlfoundation/oneDNN/issues/6035). One thread or tw
 has such channels as a rule. `benchmarks/bench_convolutions.py` maps what is wrong on a machine.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,34 +33,60 @@ class Convolution(NamedTuple):
     @property
     def steps(self) -> tuple[int, ...]:
         """The stride along each axis of the image."""
-        return _each(self.stride, self.weight.dim() - 2)
+        return self._along(self.stride)
 
     @property
     def faulty(self) -> bool:
         """Whether oneDNN may take the gradient of its weight wrongly."""
-        point = self.groups == 1 and self.weight.shape[2:].numel() == 1 and is_narrow(self.weight)
-        padded = self.padding != "valid" and any(_each(self.padding, 1))
-        return point and not padded and max(self.steps) > 1 and self.input.device.type == "cpu"
+        padded = self.padding != "valid" and any(self._along(self.padding))
+        here = self.input.device.type == "cpu" and self.groups == 1
+        return here and not padded and max(self.steps) > 1 and is_narrow(self.weight)
+
+    def _along(self, value: Any) -> tuple[int, ...]:
+        axes = self.weight.dim() - 2
+        return (value,) * axes if isinstance(value, int) else tuple(value) * (axes // len(value))
 
 
-def is_narrow(weight: Tensor) -> bool:
-    """Whether it can be the weight of such a convolution: of an image or a signal, 1x1, of few input channels."""
-    return weight.dim() in (3, 4) and weight.shape[1] < NARROW and weight.shape[2:].numel() == 1
+def is_narrow(weight: object) -> bool:
+    """Whether it can be the weight of such a convolution: of a signal or an image, 1x1, of few input channels."""
+    known = isinstance(weight, Tensor) and weight.dim() in (3, 4)
+    return known and weight.shape[1] < NARROW and weight.shape[2:].numel() == 1
 
 
-def sound(model: nn.Module) -> AbstractContextManager[Any]:
-    """Inside, on CPUs, a narrow 1x1 convolution with a stride s reads every s-th pixel and has a stride of 1.
+@contextmanager
+def sound(model: nn.Module) -> Iterator[None]:
+    """Inside, on CPUs, a narrow 1x1 convolution with a stride s reads every s-th pixel, and strides by 1.
 
-    The same sums, by another kernel: true for channels last or not, whatever layer or function calls the convolution,
-    on the model itself and on what computes with it. Weights, layers and hooks stay as they are. The alternatives cost
-    more: with the channels first, a training step took 1.24 times as long on the digits and 1.32 times on ResNet-20,
-    where this takes 1.09 and 1.01 times (AVX512, one thread). A model without a narrow 1x1 kernel pays nothing.
+    The same sums by another kernel, whatever the memory format, so that channels last may stay everywhere. The rule is
+    for each module that has such a weight, also where it calls the function itself; other modules pay nothing. To put
+    the channels first instead, as is the other way out, makes a training step take 1.24 times as long on the digits
+    and 1.32 times on ResNet-20 (AVX512, one thread). A function of torch that is given a weight from elsewhere is not
+    seen, nor is what torch.jit.script has compiled.
     """
-    return _BySlices() if any(map(is_narrow, model.parameters())) else nullcontext()
+    # the method that convolves, and not the whole forward pass, for curvature knows layers by the latter
+    found = [
+        (vars(module), name, getattr(module, name))
+        for module in model.modules()
+        if any(map(is_narrow, (*module.parameters(recurse=False), getattr(module, "weight", None))))
+        for name in ["_conv_forward" if type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward) else "forward"]
+    ]
+    before = [own.get(name) for own, name, _ in found]
+    for own, name, method in found:
+        own[name] = partial(_aside, method)
+    try:
+        yield
+    finally:
+        for (own, name, _), method in zip(found, before, strict=True):
+            own.pop(name) if method is None else own.update({name: method})
+
+
+def _aside(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _BySlices():
+        return method(*args, **kwargs)
 
 
 class _BySlices(TorchFunctionMode):
-    """Computes each faulty convolution of the ranges of one or two axes on the pixels that count."""
+    """Computes a faulty convolution on the pixels that it reads."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -70,7 +97,3 @@ class _BySlices(TorchFunctionMode):
                 pixels = called.input[(..., *(slice(None, None, step) for step in called.steps))]
                 return func(pixels, called.weight, called.bias)
         return func(*args, **(kwargs or {}))
-
-
-def _each(value: Any, axes: int) -> tuple[int, ...]:
-    return (value,) * axes if isinstance(value, int) else tuple(value) * (axes // len(value))

@@ -44,7 +44,7 @@ def steps_of(model: nn.Module, task: Task, recipe: Recipe, rng: torch.Generator)
     source = task.train(recipe.batch_size, rng)
     first = next(source)
     inputs, targets, share = _cut(task, *_part(task, first))
-    with FlopCounterMode(display=False) as counter:  # which does not see into what is compiled
+    with FlopCounterMode(display=False) as counter, sound(model):  # which does not see into what is compiled
         Stepper(model, task, plain, size)(inputs, targets)
     step = Stepper(model, task, here, size)
 

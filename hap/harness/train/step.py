@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map
 from hap.harness.processes import ranks
 from hap.harness.task import Task
 from hap.harness.train.recipe import Recipe
-from hap.structure.narrow import sound
 
 LEAST = 2  # samples of a micro-batch: BatchNorm has no variance over one
 TEMPERATURE = 4.0  # of the distillation, where a recipe does not say [Hinton15]
@@ -53,7 +52,7 @@ class Stepper:
         for number in range(parts):
             part = slice(number * mine // parts, (number + 1) * mine // parts)
             cut = inputs if parts == 1 else tree_map(lambda t, part=part: ranks.rows(t, part, mine), inputs)
-            with self._alone(number < parts - 1), sound(self.model):  # the backward pass may compute forward again
+            with self._alone(number < parts - 1):
                 loss = self._loss(cut, targets[part], mass, len(targets[part]) / whole)
                 (loss * world if world > 1 else loss).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
             total += loss.detach()
