@@ -109,7 +109,7 @@ def trained(model, compiled=False):
 
 
 def close(found, model):
-    """Whether gradients are those of double precision, but for a ReLU that rounding turned; the fault is 10 times that."""
+    """Gradients are those of double precision, but for a ReLU that rounding turned; the fault is 10 times that."""
     for grad, expected in zip(found, trained(copy.deepcopy(model).double()), strict=True):
         assert (grad - expected).norm() < 0.02 * expected.norm()
 
