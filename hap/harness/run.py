@@ -16,8 +16,9 @@ from torch import nn
 from hap.cost import latency, macs, params
 from hap.harness.batchnorm import recalibrate
 from hap.harness.processes import ranks
+from hap.harness.processes.provenance import code, environment
 from hap.harness.records.freshness import decides, entrances
-from hap.harness.records.provenance import code, environment
+from hap.harness.records.record import Run
 from hap.harness.returned import accepted, agree, runs
 from hap.harness.scoring import Scoring, remembered
 from hap.harness.spec.functions import Ref
@@ -44,7 +45,7 @@ STARTS = {
 }
 
 
-def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -> "Run":
+def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -> Run:
     """The record of one case and one seed: score the groups of a trained model, prune them, fine-tune, test [Yu22].
 
     `keep`: a folder for the epochs of the fine-tuning, so that one that was killed goes on.
@@ -132,28 +133,6 @@ def examine(
         best = max(tested, key=lambda found: (found[task.metric], -found["loss"]))
         metrics |= {"selected": tested[curve.selected], "last": tested[-1], "best_test_epoch": best}
     return metrics, [{**row, "test": test} for row, test in zip(curve.epochs, tested, strict=True)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What came of one case and one seed, JSON-able; the order of the fields is the record's."""
-
-    schema: int = 1
-    spec: str
-    case: str
-    key: str
-    seed: int
-    config: dict[str, Any]  # the whole case, as in the spec
-    metrics: dict[str, dict[str, float]]  # dense, one_shot, selected, last, best_test_epoch on the test set; ranking
-    epochs: list[dict[str, Any]]
-    plan: dict[str, Any]
-    cost: dict[str, dict[str, Any]]  # dense, pruned
-    seconds: dict[str, float]
-    environment: dict[str, Any]
-    code: dict[str, Any]
-    data: dict[str, Any]
-    created: str  # UTC
-    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

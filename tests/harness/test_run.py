@@ -11,8 +11,10 @@ import torch
 import hap
 from hap import HapError
 from hap.harness import scoring
-from hap.harness.records import freshness, provenance, store
-from hap.harness.run import Clock, Run, one_shot, run
+from hap.harness.processes import provenance
+from hap.harness.records import freshness, store
+from hap.harness.records.record import Run
+from hap.harness.run import Clock, one_shot, run
 from hap.harness.spec.functions import Ref
 from hap.harness.spec.spec import Case
 from hap.harness.task import Data, Task

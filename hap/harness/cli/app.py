@@ -38,7 +38,7 @@ def list_specs(results: Results = None) -> None:
 
     for path in paths(["all"]):
         try:
-            spec = load_spec(path)
+            spec = load_spec(path, bound=False)
             made = sum(map(len, store.evidence(spec, results_of(path, results)).values()))
             counts = f"{len(spec.cases)} cases, {made} of {len(spec.cases) * len(spec.seeds)} runs made"
             needs = f"; needs {spec.needs}" if spec.needs else ""
@@ -59,17 +59,18 @@ def run(
     results: Results = None,
 ) -> None:
     """Make the evidence that is missing, judge it, write the report; under torchrun, on several GPUs at once."""
-    from hap.harness.cli import making
-    from hap.harness.processes import fanout
-    from hap.harness.spec.spec import load_spec
-
     if not specs and tier is None:
         raise HapError(f"name a spec: {', '.join(path.stem for path in paths(['all']))} or all")
-    chosen = {path: load_spec(path) for path in paths(specs or ["all"])}
+    named = paths(specs or ["all"])  # before what takes seconds to import
+    from hap.harness.cli import making
+    from hap.harness.cli.slurm import options
+    from hap.harness.spec.spec import load_spec
+
+    chosen = {path: load_spec(path) for path in named}
     chosen = {path: spec for path, spec in chosen.items() if tier in (None, spec.tier)}
     if not chosen:
         raise HapError(f"--tier {tier}: no spec is of this tier")
-    jobs = fanout.options(slurm) if slurm else None
+    jobs = options(slurm) if slurm else None
     if jobs and "TORCHELASTIC_RUN_ID" in os.environ:
         raise HapError("--slurm: sends jobs by itself, and not under torchrun; ranks=N gives each job N ranks")
     if smoke and jobs:
@@ -116,6 +117,9 @@ def cost_specs(
     tflops: Annotated[float | None, typer.Option(help="That a device sustains, in place of what was timed.")] = None,
 ) -> None:
     """Time a few real steps of each stage; tell the hours, steps, FLOPs, GPU memory and disk of a whole spec."""
+    if not specs:
+        raise HapError(f"name a spec: {', '.join(path.stem for path in paths(['all']))} or all")
+    named = paths(specs)  # before what takes seconds to import
     from hap.harness.cli import bill
     from hap.harness.cli.estimate import estimate
     from hap.harness.spec.spec import load_spec
@@ -123,9 +127,7 @@ def cost_specs(
     several = bill.counts(devices)
     if tflops is not None and not tflops > 0:
         raise HapError(f"--tflops: a number above 0 expected, found {tflops:g}")
-    if not specs:
-        raise HapError(f"name a spec: {', '.join(path.stem for path in paths(['all']))} or all")
-    for path in paths(specs):
+    for path in named:
         with out.status(path.stem) as status:
             found = estimate(load_spec(path), status.update)
         out.print(bill.table(found))
@@ -141,9 +143,10 @@ def judge_specs(
     results: Results = None,
 ) -> None:
     """Judge committed evidence; runs nothing. Exit code 1 if a claim fails that is not known to."""
+    named = paths(specs or ["all"])
     from hap.harness.spec.spec import load_spec
 
-    failed = [_summary(load_spec(path), results_of(path, results), release) for path in paths(specs or ["all"])]
+    failed = [_summary(load_spec(path, bound=False), results_of(path, results), release) for path in named]
     raise typer.Exit(int(any(failed)))
 
 
@@ -151,10 +154,10 @@ def judge_specs(
 @told
 def report_specs(specs: Names = None, results: Results = None) -> None:
     """Write tables, figures, VERDICTS.md and index.html from committed evidence."""
+    chosen = paths(specs or ["all"])
     from hap.harness.report import plots
     from hap.harness.report import write as report
 
-    chosen = paths(specs or ["all"])
     for folder in dict.fromkeys(results_of(path, results) for path in chosen):
         here = [path for path in chosen if results_of(path, results) == folder]
         report.write(here, folder, lambda file: say(near(file)))

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from hap import HapError
+from hap.harness.cli import slurm
 from hap.harness.cli.rehearsal import rehearsal
-from hap.harness.processes import fanout, ranks
+from hap.harness.processes import ranks
 from hap.harness.processes.progress import progress
 from hap.harness.records import store
 from hap.harness.spec.spec import Case, Spec, require
@@ -63,9 +64,9 @@ def by_jobs(
     again: bool,
     out: Console,
 ) -> None:
-    """Makes what is missing of the specs by jobs of a cluster, as `fanout.options` has them."""
+    """Makes what is missing of the specs by jobs of a cluster, as `slurm.options` has them."""
     missing = [
-        fanout.Record(path, each, seed, results[path])
+        slurm.Record(path, each, seed, results[path])
         for path, spec in chosen.items()
         for each in cases(spec, case)
         for seed in spec.seeds
@@ -74,7 +75,7 @@ def by_jobs(
     if given["cluster"] == "local":  # the nodes of a cluster have the GPU that this machine may lack
         for spec in {record.spec: chosen[record.spec] for record in missing}.values():
             require(spec)
-    fanout.fan_out(missing, given, again, lambda line: out.print(line, markup=False, soft_wrap=True))
+    slurm.fan_out(missing, given, again, lambda line: out.print(line, markup=False, soft_wrap=True))
 
 
 def _next(pairs: "deque[tuple[Case, int]]", busy: Callable[[Case, int], bool]) -> tuple[Case, int]:

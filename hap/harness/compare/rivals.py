@@ -18,12 +18,12 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from hap import HapError
-from hap.harness.cli.doctor import ready
 from hap.harness.compare.differences import Difference, Pairs
+from hap.harness.processes import provenance
 from hap.harness.processes.files import atomic_writes, cache
-from hap.harness.records import provenance, store
-from hap.harness.run import Run
-from hap.harness.spec.functions import Ref, mistake, resolve
+from hap.harness.records import store
+from hap.harness.records.record import Run
+from hap.harness.spec.functions import Ref, mistake, ready, resolve
 from hap.harness.spec.spec import Case, Spec
 from hap.harness.train.step import memory_ran_out
 

@@ -24,7 +24,7 @@ from hap.harness.processes import ranks
 from hap.harness.processes.events import Event as Event
 from hap.harness.processes.events import Say as Say
 from hap.harness.processes.events import silent as silent
-from hap.harness.records.provenance import code, environment
+from hap.harness.processes.provenance import code, environment
 from hap.harness.task import Task
 from hap.harness.train.checkpoints import Keeper, Point
 from hap.harness.train.checkpoints import State as State

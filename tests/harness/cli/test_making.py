@@ -90,7 +90,7 @@ def test_by_jobs_only_what_is_missing_is_sent(spec, tmp_path, monkeypatch):
     results, path = tmp_path / "results", tmp_path / "reproductions" / "table.toml"
     store.save(fake_run(spec.cases["hap"], 1), results)
     sent = []
-    monkeypatch.setattr(making.fanout, "fan_out", lambda records, given, again, say: sent.extend(records))
+    monkeypatch.setattr(making.slurm, "fan_out", lambda records, given, again, say: sent.extend(records))
     making.by_jobs({path: spec}, "hap", {path: results}, {"cluster": "local"}, False, quiet())
     assert [(record.case.name, record.seed) for record in sent] == [("hap", 0), ("hap", 2)]
     making.by_jobs({path: spec}, "hap", {path: results}, {"cluster": "local"}, True, quiet())

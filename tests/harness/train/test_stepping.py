@@ -43,6 +43,13 @@ def test_micro_batches_add_up_to_the_batch(micro, loss):
     close(gradients(plain(), micro_batch=micro, loss=loss), gradients(plain(), loss=loss), 1e-4)
 
 
+def test_a_batch_of_ignored_targets_leaves_the_weights_alone():
+    model = plain()
+    loss = Stepper(model, small(model=model), RECIPE, 64)(INPUTS, torch.full_like(TARGETS, -100))
+    assert loss == 0
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+
+
 def test_distillation_is_that_of_its_source():
     """The oracle is cross-entropy with soft targets less the teacher's entropy, in float64."""
     model, teacher = plain(), net().eval()
