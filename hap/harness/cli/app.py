@@ -38,7 +38,7 @@ def list_specs(results: Results = None) -> None:
 
     for path in paths(["all"]):
         try:
-            spec = load_spec(path, bound=False)
+            spec = load_spec(path, bind=False)
             made = sum(map(len, store.evidence(spec, results_of(path, results)).values()))
             counts = f"{len(spec.cases)} cases, {made} of {len(spec.cases) * len(spec.seeds)} runs made"
             needs = f"; needs {spec.needs}" if spec.needs else ""
@@ -146,7 +146,7 @@ def judge_specs(
     named = paths(specs or ["all"])
     from hap.harness.spec.spec import load_spec
 
-    failed = [_summary(load_spec(path, bound=False), results_of(path, results), release) for path in named]
+    failed = [_summary(load_spec(path, bind=False), results_of(path, results), release) for path in named]
     raise typer.Exit(int(any(failed)))
 
 
@@ -171,7 +171,8 @@ def lint_results(results: Results = None) -> None:
     """Check committed results: sums, differences, budgets, conventions, tables. Exit code 1 if something is wrong."""
     from hap.harness.cli.lint import lint
 
-    found = lint(FOLDER, results_of(FOLDER / "any", results))
+    with out.status("reading") as status:
+        found = lint(FOLDER, results_of(FOLDER / "any", results), lambda name: status.update(f"checking {name}"))
     for finding in found:
         say(finding.line)
     say(f"{len(found)} findings" if found else "nothing is wrong")
