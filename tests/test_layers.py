@@ -11,7 +11,8 @@ name in a spec becomes a function), `files`, `provenance`, `events` and `recipe`
 `stepping` and `checkpoints` are what training is built of; `tasks` comes before `training`, which trains a Task, and so
 before `cases`, which hold a Recipe; the single tasks come after it, for they train themselves. `cases`, a part of
 `spec` until that grew too long, makes a Case of its tables; `upstream`, a method that only specs name, needs no more
-than a Task; `returned` is what `run` holds a method to. `shapes` and `architecture` are what `store` needs to write a
+than a Task; `supplied` calls the functions that a case
+names, and checks what they return. `shapes` and `architecture` are what `store` needs to write a
 pruned model without a pickle: a module, then a model, as a record. `freshness` is whether a record is of today's code,
 `statistics` and `evidence` are what `judge` needs: bounds from numbers, and numbers from runs.
 """
@@ -36,17 +37,18 @@ CORE = (
 ).split()
 HARNESS = (
     "processes train tasks spec records models verdicts compare report nightly processes.ranks processes.files "
-    "spec.functions records.provenance records.freshness processes.events train.recipe task batchnorm train.ema "
-    "train.step train.checkpoints train.curve train.loop upstream tasks.cache tasks.nets tasks.pickles tasks.data "
+    "spec.functions records.provenance records.freshness "
+    "processes.progress processes.workers records.record train.recipe task batchnorm train.ema "
+    "train.step train.checkpoints train.loop upstream tasks.cache tasks.nets tasks.pickles tasks.data "
     "tasks.imagefolder tasks.decoding tasks.imagestream tasks.digits_preresnet tasks.cifar10 "
     "tasks.cifar10_scratch tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "
     "tasks.cifar10_preresnet29 tasks.cifar10_resnet56b tasks.cifar10_wideresnet32 tasks.cifar10_vgg16 "
     "tasks.imagenet tasks.imagenet_resnet50 tasks.imagenet_squeezenet tasks.glue tasks.text tasks.encoder "
-    "tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta spec.cases spec.spec scoring returned "
-    "run models.layers models.architecture models.huggingface records.parts records.store verdicts.statistics "
+    "tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta spec.cases spec.spec supplied "
+    "run models.layers models.architecture models.huggingface records.parts records.store make verdicts.statistics "
     "verdicts.measures verdicts.judge plugin report.markup report.plans report.tables report.verdicts_md "
-    "report.plots report.page report.write cli.rehearsal cli.pipeline cli.doctor processes.progress "
-    "processes.fanout cli.making cli.bill cli.pricing cli.estimate cli.terminal nightly.changepoint "
+    "report.plots report.page report.write cli.rehearsal cli.pipeline cli.doctor "
+    "processes.fanout cli.bill cli.pricing cli.estimate cli.terminal nightly.changepoint "
     "nightly.history nightly.regressions nightly.speed nightly.measure compare.differences compare.conclusions "
     "compare.rivals records.checks compare.recorded cli.lint cli.commands cli.app cli "
 ).split()

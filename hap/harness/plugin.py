@@ -18,7 +18,12 @@ import pytest
 from hap import HapError
 
 if TYPE_CHECKING:
+    from hap.harness.processes.workers import Executor
     from hap.harness.verdicts.judge import Verdict
+
+
+# what makes records; a plugin of the caller may put another in its place
+EXECUTOR: "pytest.StashKey[Executor]" = pytest.StashKey()
 
 
 class Stop(Exception):  # noqa: N818 - not an error of ours but the one line that a failed claim leaves
@@ -132,15 +137,16 @@ def _check(error: str | None, item: SpecItem) -> None:
 
 
 def _run(spec: Any, case: Any, seed: int, results: Path, item: SpecItem) -> None:
-    from hap.harness.records import store
+    from hap.harness.make import Job, ensure
+    from hap.harness.processes.workers import InProcess
     from hap.harness.spec.spec import require
     from hap.harness.task import MissingData
 
-    again, item.file.judged = item.config.getoption("--again"), None
+    job, item.file.judged = Job(case, seed, results, item.config.getoption("--again")), None
     try:
-        if again or not store.path(results, case, seed).exists():
+        if job.missing:
             require(spec)
-        store.ensure(case, seed, results, again=again)
+        item.config.stash.setdefault(EXECUTOR, InProcess())(ensure, job)
     except MissingData as error:
         pytest.skip(str(error))
 

@@ -113,7 +113,7 @@ def edited(record, *steps, to):
 
 def fake_run(case: Any, seed: int, **changes: Any) -> Any:
     """A record of `case` whose numbers depend on nothing but `seed`; `changes` overrides fields."""
-    from hap.harness.run import Run
+    from hap.harness.records.record import Run
 
     def stage(accuracy: float) -> dict[str, float]:
         return {"accuracy": accuracy, "loss": 1 - accuracy / 100}

@@ -19,7 +19,7 @@ def project(pytester, monkeypatch):
     """A folder of somebody's with one spec, whose runs are made up."""
     made = []
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         made.append((case.name, seed))
         return fake_run(case, seed)
 
@@ -264,7 +264,7 @@ def test_a_malformed_spec_fails_in_one_line(project):
 
 
 def test_missing_data_skips_a_run_with_the_reason(project, monkeypatch):
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         raise MissingData("cifar10: looked in ./data; get it from the registry")
 
     monkeypatch.setattr("hap.harness.run.run", run)
@@ -274,7 +274,7 @@ def test_missing_data_skips_a_run_with_the_reason(project, monkeypatch):
 
 
 def test_a_run_that_breaks_shows_where(project, monkeypatch):
-    monkeypatch.setattr("hap.harness.run.run", lambda case, seed, *, say, keep: 1 / 0)
+    monkeypatch.setattr("hap.harness.run.run", lambda case, seed, *, known, say, keep: 1 / 0)
     result = check(project, "-m", "run")
     result.assert_outcomes(failed=6, deselected=3)
     result.stdout.fnmatch_lines(["*ZeroDivisionError*"])

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +12,11 @@ from rich.text import Text
 
 from hap import HapError
 from hap.harness.cli import commands
-from hap.harness.cli.terminal import FOLDER, Names, Results, near, out, paths, results_of, say, told
+from hap.harness.cli.terminal import FOLDER, Context, Names, Results, executing, near, out, paths, results_of, say, told
 
 if TYPE_CHECKING:
+    from hap.harness.make import Job
+    from hap.harness.processes.workers import Executor
     from hap.harness.spec.spec import Spec
     from hap.harness.verdicts.judge import Verdict
 
@@ -50,6 +52,7 @@ def list_specs(results: Results = None) -> None:
 @app.command()
 @told
 def run(
+    context: Context,
     specs: Names = None,
     tier: Annotated[str | None, typer.Option(help="Only specs of this tier: quick, cpu or gpu.")] = None,
     case: Annotated[str | None, typer.Option(help="Only this case.")] = None,
@@ -59,37 +62,33 @@ def run(
     results: Results = None,
 ) -> None:
     """Make the evidence that is missing, judge it, write the report; under torchrun, on several GPUs at once."""
-    from hap.harness.cli import making
+    from hap.harness.make import jobs
     from hap.harness.processes import fanout
-    from hap.harness.spec.spec import load_spec
 
-    if not specs and tier is None:
-        raise HapError(f"name a spec: {', '.join(path.stem for path in paths(['all']))} or all")
-    chosen = {path: load_spec(path) for path in paths(specs or ["all"])}
-    chosen = {path: spec for path, spec in chosen.items() if tier in (None, spec.tier)}
-    if not chosen:
-        raise HapError(f"--tier {tier}: no spec is of this tier")
-    jobs = fanout.options(slurm) if slurm else None
-    if jobs and "TORCHELASTIC_RUN_ID" in os.environ:
+    chosen = _chosen(specs, tier)
+    cluster = fanout.options(slurm) if slurm else None
+    if cluster and "TORCHELASTIC_RUN_ID" in os.environ:
         raise HapError("--slurm: sends jobs by itself, and not under torchrun; ranks=N gives each job N ranks")
-    if smoke and jobs:
+    if smoke and cluster:
         raise HapError("--smoke: rehearses here, and not with --slurm")
-    with _joined() as alone:
+    with _joined() as alone, executing(context) as executor:
         if smoke:
-            return making.rehearse(chosen, case, out)
+            return _rehearse(chosen, case, executor)
         there = {path: results_of(path, results) for path in chosen}
-        if jobs:
-            making.by_jobs(chosen, case, there, jobs, again, out)
-        for path, spec in chosen.items() if not jobs else ():
-            asked = making.cases(spec, case)
-            making.make(spec, asked, there[path], out, again=again, skip=len(chosen) > 1)
-        failed = alone(lambda: [_close(path, spec, there[path]) for path, spec in chosen.items()])
-    raise typer.Exit(int(any(failed)))
+        wanted = {path: jobs(spec, case, there[path], again) for path, spec in chosen.items()}
+        if cluster:
+            _send(chosen, wanted, cluster)
+        else:
+            for path, spec in chosen.items():
+                _make(spec, wanted[path], executor, skip=len(chosen) > 1)
+        failed = alone(lambda: _close(there))
+    raise typer.Exit(int(failed))
 
 
 @app.command()
 @told
 def record(
+    context: Context,
     spec: Annotated[Path, typer.Argument(help="The file of a spec.")],
     case: Annotated[str, typer.Argument(help="The whole name of a case.")],
     seed: Annotated[int, typer.Argument(help="One of its seeds.")],
@@ -97,15 +96,14 @@ def record(
     results: Results = None,
 ) -> None:
     """Make the record of one case and one seed and nothing else: what a job of `run --slurm` does."""
-    from hap.harness.cli import making
+    from hap.harness.make import Job
     from hap.harness.spec.spec import load_spec
 
     found = load_spec(spec)
     if case not in found.cases or seed not in found.seeds:
         raise HapError(f"{spec}: a case and a seed of this spec expected, found {case} and {seed}")
-    with _joined():
-        one = found.model_copy(update={"seeds": (seed,)})
-        making.make(one, [found.cases[case]], results_of(spec, results), out, again=again)
+    with _joined(), executing(context) as executor:
+        _make(found, [Job(found.cases[case], seed, results_of(spec, results), again)], executor)
 
 
 @app.command("cost")
@@ -141,10 +139,15 @@ def judge_specs(
     results: Results = None,
 ) -> None:
     """Judge committed evidence; runs nothing. Exit code 1 if a claim fails that is not known to."""
+    from hap.harness.records import store
     from hap.harness.spec.spec import load_spec
+    from hap.harness.verdicts import judge
 
-    failed = [_summary(load_spec(path), results_of(path, results), release) for path in paths(specs or ["all"])]
-    raise typer.Exit(int(any(failed)))
+    failed = False
+    for path in paths(specs or ["all"]):
+        spec = load_spec(path)
+        failed |= _summary(spec, judge.of_today(spec, store.evidence(spec, results_of(path, results))), release)
+    raise typer.Exit(int(failed))
 
 
 @app.command("report")
@@ -199,27 +202,86 @@ def _joined() -> "Iterator[Callable[[Callable[[], Any]], Any]]":
         yield ranks.shared
 
 
-def _close(path: Path, spec: "Spec", results: Path) -> bool:
+def _chosen(specs: list[str] | None, tier: str | None) -> "dict[Path, Spec]":
+    from hap.harness.spec.spec import load_spec
+
+    if not specs and tier is None:
+        raise HapError(f"name a spec: {', '.join(path.stem for path in paths(['all']))} or all")
+    found = {path: load_spec(path) for path in paths(specs or ["all"])}
+    found = {path: spec for path, spec in found.items() if tier in (None, spec.tier)}
+    if not found:
+        raise HapError(f"--tier {tier}: no spec is of this tier")
+    return found
+
+
+def _make(spec: "Spec", jobs: "list[Job]", executor: "Executor", skip: bool = False) -> None:
+    """Makes the records of a spec; `skip`: one whose data is missing is left out, with a line that says so."""
+    from hap.harness.make import make
+    from hap.harness.processes import ranks
+    from hap.harness.processes.progress import progress
+    from hap.harness.spec.spec import require
+    from hap.harness.task import MissingData
+
+    try:
+        if ranks.shared(lambda: any(job.missing for job in jobs)):
+            require(spec)
+        with progress(spec.name, len(jobs), out) as step:
+            make(jobs, executor, step)
+    except MissingData as error:
+        if not skip or ranks.world() > 1:  # where one rank alone lacks it, the others would go on
+            raise
+        say(f"{spec.name} is left out: {error}")
+
+
+def _rehearse(chosen: "dict[Path, Spec]", case: str | None, executor: "Executor") -> None:
+    """Every stage of the specs, small, with nothing kept."""
+    from hap.harness.cli.rehearsal import rehearsal
+    from hap.harness.make import jobs
+
+    for path, spec in chosen.items():
+        asked = {job.case.name: job.case for job in jobs(spec, case, Path())}
+        with rehearsal(spec.model_copy(update={"cases": asked}), path.absolute().parent.parent) as (small, folder):
+            _make(small, jobs(small, None, folder), executor, skip=len(chosen) > 1)
+        say(f"{spec.name}: went through every stage; nothing of it is kept")
+
+
+def _send(chosen: "dict[Path, Spec]", jobs: "dict[Path, list[Job]]", cluster: dict[str, Any]) -> None:
+    """Makes what is missing of the specs by jobs of a cluster, as `fanout.options` has them."""
+    from hap.harness.processes import fanout
+    from hap.harness.spec.spec import require
+
+    missing = {path: [job for job in each if job.missing] for path, each in jobs.items()}
+    for path in (path for path, each in missing.items() if each and cluster["cluster"] == "local"):
+        require(chosen[path])  # the nodes of a cluster have the GPU that this machine may lack
+    records = [fanout.Record(path, job) for path, each in missing.items() for job in each]
+    fanout.fan_out(records, cluster, say)
+
+
+def _close(there: dict[Path, Path]) -> bool:
+    """Judges the specs, each once, and writes their reports; returns whether a verdict is surprising."""
     from hap.harness.report import write as report
 
-    files = report.write([path], results)
-    failed = _summary(spec, results)
-    say("")
-    for what, where in (("records", results / spec.name), *((file.suffix[1:], file) for file in files)):
-        say(f"  {what:8} {near(where)}")
+    failed = False
+    for results in dict.fromkeys(there.values()):
+        specs = [path for path, folder in there.items() if folder == results]
+        found = report.read(specs, results)
+        files = report.write(specs, results, found=found)
+        for entry in (found[path] for path in specs):
+            assert entry.spec is not None  # `read` raises where it is none
+            failed |= _summary(entry.spec, entry.verdicts)
+        say("")
+        records = [("records", results / path.stem) for path in specs]
+        for what, where in (*records, *((file.suffix[1:], file) for file in files)):
+            say(f"  {what:8} {near(where)}")
     return failed
 
 
-def _summary(spec: "Spec", results: Path, release: bool = False) -> bool:
-    """Tells each claim, what was observed and the verdict; returns whether one is surprising, or fit for no release."""
-    from hap.harness.records import store
-    from hap.harness.verdicts import judge
-
-    judged = judge.of_today(spec, store.evidence(spec, results))
+def _summary(spec: "Spec", verdicts: "Sequence[Verdict]", release: bool = False) -> bool:
+    """Says each claim, what was observed and the verdict; returns whether one is surprising, or fit for no release."""
     say(f"\n{spec.title} ({spec.name})")
-    for verdict in judged:
+    for verdict in verdicts:
         _tell(verdict)
-    return any(not verdict.released if release else verdict.surprising for verdict in judged)
+    return any(not verdict.released if release else verdict.surprising for verdict in verdicts)
 
 
 def _tell(verdict: "Verdict") -> None:

@@ -25,10 +25,10 @@ from hap.harness.compare import recorded
 from hap.harness.records import checks as integrity
 from hap.harness.records import store
 from hap.harness.records.checks import BROKEN
+from hap.harness.records.record import Run
 from hap.harness.report import page, plots, tables
 from hap.harness.report import verdicts_md as summary
 from hap.harness.report import write as report
-from hap.harness.run import Run
 from hap.harness.spec.spec import Case, Spec, find_specs, load_spec
 
 Runs = dict[str, list[Run]]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
 from hap.harness.compare.differences import ALPHA, Difference, Pairs
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import Case, Spec
 from hap.harness.verdicts.statistics import FEWEST
 

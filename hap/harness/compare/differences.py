@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from hap.harness.returned import short
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import Case, Claim, Spec
+from hap.harness.supplied import short
 from hap.harness.verdicts.measures import measured
 from hap.harness.verdicts.statistics import Interval, deviation, holm, p_value
 

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,18 +21,20 @@ import torch
 
 from hap import HapError
 from hap.harness.cli.doctor import ready
+from hap.harness.make import Job, ensure
 from hap.harness.nightly import speed
 from hap.harness.nightly.history import SPEED, Row
 from hap.harness.processes.files import atomic_write, cache, caching
-from hap.harness.records import provenance, store
-from hap.harness.run import Run
+from hap.harness.processes.progress import Step
+from hap.harness.processes.workers import Executor
+from hap.harness.records import provenance
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import STAGELESS, Case, Claim, Spec, require
 from hap.harness.task import MissingData
 from hap.harness.train.loop import threads
 from hap.harness.verdicts.measures import value
 
 WATCHED = ("one_shot", "selected")  # stages whose main metric is kept of every case, claimed or not
-Step = Callable[[str], Any]  # a context for each part of the night, as `progress` gives it
 
 
 @dataclass
@@ -127,7 +129,7 @@ def parts(specs: Sequence[Spec], timed: bool) -> int:
     return sum(len(spec.cases) * len(spec.seeds) for spec in specs) + timed
 
 
-def measure(night: str, specs: Sequence[Spec], root: Path | None, made: Made, step: Step) -> None:
+def measure(night: str, specs: Sequence[Spec], root: Path | None, made: Made, executor: Executor, step: Step) -> None:
     """Runs every case of the specs with the seeds of the night, then the works of the checkout `root`, into `made`.
 
     What breaks is noted, and the rest goes on.
@@ -138,7 +140,7 @@ def measure(night: str, specs: Sequence[Spec], root: Path | None, made: Made, st
         for spec, seed, case in jobs:
             what = f"{spec.name} {case.name} seed {seed}"
             with step(what) as say, _surviving(what, made):
-                run = store.ensure(case, seed, place / "results", say=say)
+                run = executor(ensure, Job(case, seed, place / "results"), say=say)
                 made.rows.extend(of_run(night, spec, case, run))
         if root is not None:
             with step("benchmarks"), _surviving("benchmarks", made):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hap import HapError
+from hap.harness import make
 from hap.harness.processes.files import cache
 from hap.harness.spec.spec import Case
 
@@ -43,17 +44,15 @@ EVERY = 0.5  # seconds between two looks at the jobs
 
 
 class Record(NamedTuple):
-    """One record to make."""
+    """One record to make, and the file of its spec."""
 
     spec: Path
-    case: Case
-    seed: int
-    results: Path
+    job: make.Job
 
     @property
     def name(self) -> str:
-        """How it is told of."""
-        return f"{self.spec.stem}: {self.case.name} seed {self.seed}"
+        """What the lines of the command call it."""
+        return f"{self.spec.stem}: {self.job.case.name} seed {self.job.seed}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def options(given: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def fan_out(records: Sequence[Record], given: Mapping[str, Any], again: bool, say: Callable[[str], None]) -> None:
+def fan_out(records: Sequence[Record], given: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """Makes the records by jobs and waits for them; HapError names those that failed, after all have ended.
 
     Jobs of a cluster go on where this process is interrupted; the same command then finds what they made.
@@ -114,7 +113,7 @@ def fan_out(records: Sequence[Record], given: Mapping[str, Any], again: bool, sa
     if not records:
         return
     executor, slots = _executor(given), _slots(given, len(records))
-    failed = _run(executor, _chains(records), slots, lambda record, slot: _job(record, given, again, slot), say)
+    failed = _run(executor, _chains(records), slots, lambda record, slot: _job(record, given, slot), say)
     if failed:
         raise HapError(f"{len(failed)} of {len(records)} records were not made: {'; '.join(failed)}")
 
@@ -154,22 +153,22 @@ def _chains(records: Sequence[Record]) -> list[list[Record]]:
     """The records that need one trained model, the shortest first, after which the others may go; else each alone."""
     chains: dict[Any, list[Record]] = {}
     for number, record in enumerate(records):
-        task = record.case.task
-        trains = "say" in inspect.signature(task.load()).parameters  # as `run` tells a task that trains its model
-        chains.setdefault((str(task.model_dump()), record.seed) if trains else number, []).append(record)
-    return [sorted(chain, key=lambda record: _epochs(record.case)) for chain in chains.values()]
+        task = record.job.case.task
+        trains = "fit" in inspect.signature(task.load()).parameters  # as `run` gives it to a task that trains its model
+        chains.setdefault((str(task.model_dump()), record.job.seed) if trains else number, []).append(record)
+    return [sorted(chain, key=lambda record: _epochs(record.job.case)) for chain in chains.values()]
 
 
 def _epochs(case: Case) -> int:
     return case.finetune.epochs if case.finetune is not None else 0
 
 
-def _job(record: Record, given: Mapping[str, Any], again: bool, devices: str | None) -> Job:
+def _job(record: Record, given: Mapping[str, Any], devices: str | None) -> Job:
     ranks = given.get("ranks", 1)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
-    what = ("-m", "hap", "record", str(record.spec.absolute()), record.case.name, str(record.seed))
-    where = ("--results", str(record.results.absolute()))
-    more = ("--again",) if again else ()
+    what = ("-m", "hap", "record", str(record.spec.absolute()), record.job.case.name, str(record.job.seed))
+    where = ("--results", str(record.job.results.absolute()))
+    more = ("--again",) if record.job.again else ()
     return Job((sys.executable, *launch, *what, *where, *more), str(Path.cwd()), devices)
 
 

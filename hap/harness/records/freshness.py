@@ -40,8 +40,8 @@ ROLES = ("task", "score", "method", "reference", "implant")
 SILENT = {
     f"hap.harness.{name}"
     for name in (
-        "spec.functions train.checkpoints processes.events processes.files records.freshness records.provenance "
-        "tasks.cache "
+        "spec.functions train.checkpoints processes.progress processes.files processes.workers records.freshness "
+        "records.provenance tasks.cache "
         "binding checkpoints events files freshness provenance"  # where they lay until version 0.1, for older commits
     ).split()
 }

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from hap.harness.cli import app as cli
 from hap.harness.cli import terminal
+from hap.harness.processes.progress import Event
 from hap.harness.records import store
 from hap.harness.spec.spec import load_spec
 from hap.harness.task import Data, MissingData
-from hap.harness.train.loop import Event
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[3]
 def folder(tmp_path, monkeypatch):
     """A folder with one spec, whose runs are made up: hap is a little better than random."""
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         say(Event("fine-tuning", 0.5))
         better = 0.5 if case.name == "hap" else 0.0
         return with_accuracy(fake_run(case, seed), "selected", 94.0 + better + seed / 10 * better)
@@ -46,7 +46,7 @@ def test_run_makes_judges_reports_and_sums_up(folder):
     told = hap("run", "table")
     assert told.exit_code == 0
     assert "table [1/6] hap seed 0\n" in told.stdout
-    assert "table [6/6] random seed 2: there after 0.0 s" in told.stdout
+    assert "table [6/6] random seed 2: there after 0." in told.stdout
     assert (
         "  HOLDS     hap is no worse than random\n"
         f"             observed 0.55 (0.4657 to 0.6343; Student, test set of {LARGE}) over 3 seeds, "
@@ -64,7 +64,7 @@ def test_run_makes_only_what_is_missing_unless_told_again(folder, monkeypatch):
     hap("run", "table")
     made = []
     monkeypatch.setattr(
-        "hap.harness.run.run", lambda case, seed, *, say, keep: made.append(seed) or fake_run(case, seed)
+        "hap.harness.run.run", lambda case, seed, *, known, say, keep: made.append(seed) or fake_run(case, seed)
     )
     assert hap("run", "all").exit_code == 0
     assert made == []
@@ -187,7 +187,7 @@ def test_a_malformed_spec_is_one_line(folder):
 
 
 def test_missing_data_stops_a_spec_and_leaves_it_out_of_many(folder, monkeypatch):
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         raise MissingData("cifar10: not in ./data; get it")
 
     monkeypatch.setattr("hap.harness.run.run", run)
@@ -200,7 +200,7 @@ def test_missing_data_stops_a_spec_and_leaves_it_out_of_many(folder, monkeypatch
 
 
 def test_an_interruption_keeps_what_is_finished_and_says_so(folder, monkeypatch):
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         if seed == 1:
             raise KeyboardInterrupt
         return fake_run(case, seed)
@@ -216,7 +216,7 @@ SLOW = """
 import time
 import hap.harness.run as procedure
 
-def run(case, seed, *, say, keep):
+def run(case, seed, *, known, say, keep):
     open("running", "w").close()
     time.sleep(60)
 
@@ -403,7 +403,7 @@ def test_a_spec_for_a_gpu_is_not_begun_without_one_but_its_records_are_read(fold
 def test_smoke_goes_through_every_stage_and_keeps_nothing(folder, monkeypatch):
     seen = []
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         seen.append((case.name, seed, case.finetune.epochs, Path(os.environ["HAP_CACHE"]).parent))
         return fake_run(case, seed)
 
@@ -430,7 +430,7 @@ def test_smoke_goes_through_every_stage_and_keeps_nothing(folder, monkeypatch):
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), MemoryError()])
 def test_memory_that_runs_out_anywhere_is_one_line(folder, monkeypatch, error):
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         raise error
 
     monkeypatch.setattr("hap.harness.run.run", run)
@@ -438,3 +438,14 @@ def test_memory_that_runs_out_anywhere_is_one_line(folder, monkeypatch, error):
     assert told.exit_code == 2
     assert "hap: memory ran out (" in told.stderr
     assert "goes on from there" in told.stderr
+
+
+def test_by_jobs_only_what_is_missing_is_sent(folder, monkeypatch):
+    spec = load_spec(folder / "reproductions" / "table.toml")
+    store.save(fake_run(spec.cases["hap"], 1), folder / "results")
+    sent = []
+    monkeypatch.setattr("hap.harness.processes.fanout.fan_out", lambda records, given, say: sent.extend(records))
+    hap("run", "table", "--case", "hap", "--slurm", "cluster=local")
+    assert [(record.job.case.name, record.job.seed) for record in sent] == [("hap", 0), ("hap", 2)]
+    hap("run", "table", "--case", "hap", "--slurm", "cluster=local", "--again")
+    assert len(sent) == 5

@@ -12,12 +12,14 @@ from fakes import fake_run, with_accuracy, write_spec
 from scipy import stats
 from typer.testing import CliRunner
 
+import hap.harness.run as procedure
 from hap import HapError
 from hap.harness.cli import app as cli
 from hap.harness.cli.lint import lint
 from hap.harness.compare import conclusions as comparison
 from hap.harness.compare import rivals as compare
 from hap.harness.compare.differences import Pairs, differences
+from hap.harness.make import Job, ensure
 from hap.harness.records import store
 from hap.harness.spec.spec import load_spec
 
@@ -46,7 +48,7 @@ def made(tmp_path_factory):
     spec = load_spec(write_spec(folder, SPEC, "tiny"))
     for case in spec.cases.values():
         for seed in spec.seeds:
-            store.ensure(case, seed, folder / "results")
+            ensure(Job(case, seed, folder / "results"))
     write_spec(folder, SPEC, "bare")
     return folder
 
@@ -104,7 +106,7 @@ def test_haps_own_score_is_no_different_from_itself(folder):
 
 
 def test_an_interrupted_comparison_goes_on_and_an_option_begins_anew(folder, monkeypatch):
-    real, done = store.procedure.run, []
+    real, done = procedure.run, []
 
     def run(case, seed, **how):
         if len(done) == 4:
@@ -112,10 +114,10 @@ def test_an_interrupted_comparison_goes_on_and_an_option_begins_anew(folder, mon
         done.append((case.name, seed))
         return real(case, seed, **how)
 
-    monkeypatch.setattr(store.procedure, "run", run)
+    monkeypatch.setattr(procedure, "run", run)
     assert hap("compare", "strangers:score", "--spec", "tiny").exit_code == 130
     monkeypatch.setattr(
-        store.procedure, "run", lambda case, seed, **how: done.append((case.name, seed)) or real(case, seed, **how)
+        procedure, "run", lambda case, seed, **how: done.append((case.name, seed)) or real(case, seed, **how)
     )
     assert hap("compare", "strangers:score", "--spec", "tiny").exit_code == 0
     assert done == [(f"strangers-score@{size}", seed) for size in (50, 70) for seed in (0, 1, 2)]

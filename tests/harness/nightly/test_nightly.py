@@ -40,7 +40,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def made_up(folder, monkeypatch):
     """Runs that are numbers, and take no time."""
-    monkeypatch.setattr("hap.harness.run.run", lambda case, seed, *, say, keep: fake_run(case, seed % 7))
+    monkeypatch.setattr("hap.harness.run.run", lambda case, seed, *, known, say, keep: fake_run(case, seed % 7))
     monkeypatch.setattr("hap.harness.records.store._belongs", lambda run, file: None)
     monkeypatch.setattr("hap.harness.records.store.save", saved)
     return folder
@@ -151,7 +151,7 @@ def test_a_damaged_history_is_one_line_before_anything_runs(made_up, monkeypatch
 
 
 def test_what_breaks_does_not_stop_the_night(made_up, monkeypatch):
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         if case.name == "hap@70":
             raise ZeroDivisionError("a bug")
         return fake_run(case, seed)
@@ -171,7 +171,7 @@ def interrupted(monkeypatch, *arguments):
     """A night that ends after three runs."""
     made = []
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append(seed)
@@ -181,7 +181,7 @@ def interrupted(monkeypatch, *arguments):
     assert hap("nightly", "--no-speed", *arguments).exit_code == 130
     more = []
     monkeypatch.setattr(
-        "hap.harness.run.run", lambda case, seed, *, say, keep: more.append(seed) or fake_run(case, seed)
+        "hap.harness.run.run", lambda case, seed, *, known, say, keep: more.append(seed) or fake_run(case, seed)
     )
     return more
 

@@ -7,6 +7,7 @@ import pytest
 from fakes import write_spec
 
 from hap import HapError
+from hap.harness.make import Job
 from hap.harness.processes import fanout
 from hap.harness.spec.spec import load_spec
 from hap.harness.train.recipe import Recipe
@@ -26,12 +27,14 @@ def cluster(tmp_path, monkeypatch):
 def records(folder, cases=("hap",)):
     file = write_spec(folder)
     spec = load_spec(file)
-    return [fanout.Record(file, spec.cases[case], seed, folder / "results") for case in cases for seed in spec.seeds]
+    return [
+        fanout.Record(file, Job(spec.cases[case], seed, folder / "results")) for case in cases for seed in spec.seeds
+    ]
 
 
 def shell(text):
     """A job that runs a line of shell in place of hap."""
-    return lambda record, *rest: fanout.Job(("sh", "-c", text.format(seed=record.seed)), str(Path.cwd()), rest[-1])
+    return lambda record, *rest: fanout.Job(("sh", "-c", text.format(seed=record.job.seed)), str(Path.cwd()), rest[-1])
 
 
 @pytest.mark.parametrize(
@@ -65,31 +68,32 @@ def test_a_machine_without_slurm_says_so(cluster):
     if os.path.exists("/usr/bin/sbatch"):
         pytest.skip("this machine has slurm")
     with pytest.raises(HapError, match=r"--slurm: .*(sbatch|slurm|Slurm)"):
-        fanout.fan_out(records(cluster), fanout.options(["partition=gpu"]), False, print)
+        fanout.fan_out(records(cluster), fanout.options(["partition=gpu"]), print)
 
 
 def test_the_command_of_a_job_is_that_of_one_record(cluster):
     (record, *_) = records(cluster)
-    command = fanout._job(record, {}, True, None).command
+    command = fanout._job(record._replace(job=record.job._replace(again=True)), {}, None).command
     assert command[1:] == (
-        *("-m", "hap", "record", str(record.spec), "hap", "0", "--results", str(record.results), "--again"),
+        *("-m", "hap", "record", str(record.spec), "hap", "0", "--results", str(record.job.results), "--again"),
     )
-    several = fanout._job(record, {"ranks": 8}, False, None).command
+    several = fanout._job(record, {"ranks": 8}, None).command
     assert several[1:6] == ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8")
     assert several[6:9] == ("-m", "hap", "record")
 
 
 def test_of_records_that_need_one_trained_model_one_comes_first_and_the_shortest(cluster, monkeypatch):
-    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, say=None: None)  # as a task that trains is told of it
+    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, fit=None: None)  # as a task that trains its model
     chains = fanout._chains(records(cluster, ("hap", "random")))
-    assert [[(r.case.name, r.seed) for r in chain] for chain in chains] == [
+    assert [[(r.job.case.name, r.job.seed) for r in chain] for chain in chains] == [
         [("hap", 0), ("random", 0)],
         [("hap", 1), ("random", 1)],
         [("hap", 2), ("random", 2)],
     ]
     long, short = records(cluster, ("hap", "random"))[::3]
-    long = long._replace(case=long.case.model_copy(update={"finetune": Recipe(epochs=90, lr=0.1)}))
-    assert [record.case.name for record in fanout._chains([long, short])[0]] == ["random", "hap"]
+    slow = long.job.case.model_copy(update={"finetune": Recipe(epochs=90, lr=0.1)})
+    long = long._replace(job=long.job._replace(case=slow))
+    assert [record.job.case.name for record in fanout._chains([long, short])[0]] == ["random", "hap"]
 
 
 def test_a_model_that_is_not_trained_keeps_no_record_waiting(cluster):
@@ -97,10 +101,10 @@ def test_a_model_that_is_not_trained_keeps_no_record_waiting(cluster):
 
 
 def test_the_others_go_when_their_first_has_ended(cluster, monkeypatch):
-    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, say=None: None)
+    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, fit=None: None)
     line = "test -e made{seed} && touch after{seed}; touch made{seed}"
     monkeypatch.setattr(fanout, "_job", shell(line))
-    fanout.fan_out(records(cluster, ("hap", "random")), fanout.options(["cluster=local,jobs=6"]), False, print)
+    fanout.fan_out(records(cluster, ("hap", "random")), fanout.options(["cluster=local,jobs=6"]), print)
     assert len(list(cluster.glob("after*"))) == 3
 
 
@@ -123,7 +127,7 @@ def test_the_devices_of_a_job_are_what_its_command_sees(cluster):
 
 
 def test_nothing_to_make_needs_no_cluster(cluster):
-    fanout.fan_out([], fanout.options(["partition=gpu"]), False, print)
+    fanout.fan_out([], fanout.options(["partition=gpu"]), print)
 
 
 def test_a_cluster_that_refuses_a_job_is_one_line_and_the_others_run(cluster, monkeypatch):
@@ -141,7 +145,7 @@ def test_a_cluster_that_refuses_a_job_is_one_line_and_the_others_run(cluster, mo
     monkeypatch.setattr(fanout, "_executor", lambda given: Executor(real(given)))
     monkeypatch.setattr(fanout, "_job", shell("touch made{seed}"))
     with pytest.raises(HapError, match=r"1 of 3 records were not made: table: hap seed 0 .*invalid partition"):
-        fanout.fan_out(records(cluster), fanout.options(["cluster=local,jobs=3"]), False, print)
+        fanout.fan_out(records(cluster), fanout.options(["cluster=local,jobs=3"]), print)
     assert len(list(cluster.glob("made*"))) == 2
 
 
@@ -158,7 +162,7 @@ def test_no_more_jobs_at_once_than_asked(cluster, monkeypatch):
     """Each job looks whether another is there while it works."""
     line = "ls running* 2>/dev/null && touch crowd{seed}; touch running{seed}; sleep 0.3; rm running{seed}"
     monkeypatch.setattr(fanout, "_job", shell(line))
-    fanout.fan_out(records(cluster), fanout.options(["cluster=local"]), False, print)
+    fanout.fan_out(records(cluster), fanout.options(["cluster=local"]), print)
     assert not list(cluster.glob("crowd*"))
 
 
@@ -169,14 +173,14 @@ def test_a_job_that_fails_is_one_line_and_the_others_end(cluster, monkeypatch):
     with pytest.raises(
         HapError, match=r"1 of 3 records were not made: table: hap seed 1 \(hap: no data; log .*\.err\)"
     ):
-        fanout.fan_out(records(cluster), fanout.options(["cluster=local,jobs=3"]), False, print)
+        fanout.fan_out(records(cluster), fanout.options(["cluster=local,jobs=3"]), print)
     assert sorted(file.name for file in cluster.glob("made*")) == ["made0", "made2"]
 
 
 def test_a_job_that_dies_is_one_line(cluster, monkeypatch):
     monkeypatch.setattr(fanout, "_job", shell("kill -9 $PPID"))  # the process that submitit started
     with pytest.raises(HapError, match="3 of 3 records were not made"):
-        fanout.fan_out(records(cluster), fanout.options(["cluster=local,jobs=3"]), False, print)
+        fanout.fan_out(records(cluster), fanout.options(["cluster=local,jobs=3"]), print)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the job's process is found through /proc")
@@ -186,7 +190,7 @@ def test_a_job_that_was_preempted_continues(cluster, monkeypatch):
     monkeypatch.setattr(fanout, "_job", shell(line))
     (record, *_) = records(cluster)
     executor = fanout._executor(fanout.options(["cluster=local"]))
-    job = executor.submit(fanout._job(record, {}, False, None))
+    job = executor.submit(fanout._job(record, {}, None))
     deadline = time.monotonic() + 60
     while not (cluster / "begun").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,12 +1,6 @@
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -18,10 +12,10 @@ from fakes import edited, fake_run, write_spec
 from safetensors.torch import save as pack
 
 from hap import HapError, apply, couple, trace
+from hap.harness.make import Job, ensure
 from hap.harness.processes.files import atomic_write
 from hap.harness.records import store
 from hap.harness.spec.spec import load_spec
-from hap.harness.train.loop import Event
 from hap.implants import zero
 from hap.testing import random_plan
 
@@ -36,9 +30,8 @@ def runs(monkeypatch):
     """Counts the runs that a fake procedure makes."""
     made = []
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         made.append((case.name, seed))
-        say(Event("running"))
         return fake_run(case, seed, created=f"made {len(made)}")
 
     monkeypatch.setattr("hap.harness.run.run", run)
@@ -59,20 +52,6 @@ def test_a_record_comes_back_as_it_was_saved(case, tmp_path):
     assert file == store.path(tmp_path / "results", case, 1)
     assert store.load(file) == run
     assert left_in(tmp_path / "results") == ["seed1.json"]
-
-
-def test_ensure_makes_a_record_once(case, tmp_path, runs):
-    said = []
-    first = store.ensure(case, 0, tmp_path, say=said.append)
-    assert store.ensure(case, 0, tmp_path, say=said.append) == first
-    assert (runs, said) == ([("hap", 0)], ["running"])
-    assert left_in(tmp_path / "table") == ["seed0.json"]
-
-
-def test_again_repeats(case, tmp_path, runs):
-    assert store.ensure(case, 0, tmp_path).created == "made 1"
-    assert store.ensure(case, 0, tmp_path, again=True).created == "made 2"
-    assert store.ensure(case, 0, tmp_path).created == "made 2"
 
 
 def test_evidence_is_what_is_there_in_the_order_of_the_seeds(tmp_path):
@@ -142,13 +121,13 @@ def test_a_damaged_or_foreign_record_is_refused_in_one_line(case, tmp_path, runs
     damaged = damage(json.loads(file.read_text()))
     file.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
     with pytest.raises(HapError) as caught:
-        store.ensure(case, 0, tmp_path)
+        ensure(Job(case, 0, tmp_path))
     text = str(caught.value)
     assert text.startswith(f"{file}: damaged record: ")
     assert rule in text
     assert "\n" not in text
     assert runs == []
-    assert store.ensure(case, 0, tmp_path, again=True).created == "made 1"
+    assert ensure(Job(case, 0, tmp_path, again=True)).created == "made 1"
 
 
 def test_a_record_that_cannot_be_read_is_named(tmp_path):
@@ -162,10 +141,10 @@ def no_space(*args, **kwargs):
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_full_disk_loses_nothing(case, tmp_path, runs, monkeypatch, broken):
-    before = store.ensure(case, 0, tmp_path)
+    before = ensure(Job(case, 0, tmp_path))
     monkeypatch.setattr(os, broken, no_space)
     with pytest.raises(HapError) as caught:
-        store.ensure(case, 0, tmp_path, again=True)
+        ensure(Job(case, 0, tmp_path, again=True))
     file = store.path(tmp_path, case, 0)
     assert str(caught.value) == (
         f"{file}: cannot be written (No space left on device); what was there before is untouched"
@@ -190,7 +169,7 @@ def test_a_disk_that_fills_while_the_bytes_are_written_loses_nothing(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_line(case, tmp_path, runs):
     (tmp_path / "table").write_text("a file where a folder should be")
     with pytest.raises(HapError, match=r"cannot be written \("):
-        store.ensure(case, 0, tmp_path)
+        ensure(Job(case, 0, tmp_path))
     assert runs == []
 
 
@@ -204,62 +183,6 @@ def test_an_interrupted_write_leaves_no_temporary_file(tmp_path, monkeypatch):
     assert left_in(tmp_path) == []
 
 
-CHILD = """
-import sys, time, os
-from pathlib import Path
-import hap.harness.run as procedure
-from hap.harness.records import store
-from hap.harness.processes.files import atomic_write
-from hap.harness.spec.spec import load_spec
-from fakes import fake_run
-
-def run(case, seed, *, say, keep):
-    with open("log", "a") as log:
-        log.write(f"{os.getpid()}\\n")
-    time.sleep(1.0)
-    return fake_run(case, seed, created=str(os.getpid()))
-
-procedure.run = run
-if sys.argv[1] == "hang":
-    def hang(descriptor):
-        Path("hanging").touch()
-        time.sleep(60)
-    os.fsync = hang
-print(store.ensure(load_spec(Path("reproductions/table.toml")).cases["hap"], 0, Path("results")).created)
-"""
-
-
-def start(folder, how="normal"):
-    places = [str(Path(__file__).parents[1]), str(Path(__file__).parents[3])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen([sys.executable, "-c", CHILD, how], cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
-
-
-def test_two_processes_make_one_record(case, tmp_path):
-    both = [start(tmp_path), start(tmp_path)]
-    told = [process.communicate(timeout=60)[0].strip() for process in both]
-    ran = (tmp_path / "log").read_text().split()
-    assert [process.returncode for process in both] == [0, 0]
-    assert len(ran) == 1
-    assert told == ran * 2
-    assert left_in(tmp_path / "results") == ["seed0.json"]
-
-
-def test_a_process_killed_while_it_writes_harms_nothing(case, tmp_path, runs):
-    process = start(tmp_path, "hang")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "hanging").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    file = store.path(tmp_path / "results", case, 0)
-    assert len(left_in(file.parent)) == 2  # a lock that nobody holds and a part of a record
-    assert not file.exists()
-    assert store.ensure(case, 0, tmp_path / "results").created == "made 1"
-    assert left_in(file.parent) == ["seed0.json"]
-
-
 def test_a_saved_record_is_json_a_person_can_read(case, tmp_path):
     text = store.save(fake_run(case, 0), tmp_path).read_text()
     assert text.endswith("}\n")
@@ -271,28 +194,6 @@ def umask():
     value = os.umask(0)
     os.umask(value)
     return value
-
-
-def test_whoever_waits_finds_what_the_other_made(case, tmp_path, monkeypatch):
-    """Two threads: their locks are as far apart as those of two processes."""
-    made, started, go_on = [], threading.Event(), threading.Event()
-
-    def run(case, seed, *, say, keep):
-        made.append(seed)
-        started.set()
-        assert go_on.wait(30)
-        return fake_run(case, seed)
-
-    monkeypatch.setattr("hap.harness.run.run", run)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(store.ensure, case, 0, tmp_path)
-        assert started.wait(30)
-        second = pool.submit(store.ensure, case, 0, tmp_path)
-        time.sleep(0.1)  # for the second to reach the lock; if it does not, the test passes for less
-        go_on.set()
-        assert first.result() == second.result() == fake_run(case, 0)
-    assert made == [0]
-    assert left_in(tmp_path / "table") == ["seed0.json"]
 
 
 def fresh():
