@@ -4,9 +4,10 @@ A fine-tuning that was killed goes on from its last epoch, which lies in the cac
 lock, which the system releases when a process dies, keeps two processes from making the same record.
 """
 
+import shlex
 import shutil
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +17,11 @@ from hap import HapError
 from hap.harness.processes import ranks
 from hap.harness.processes.files import cache, is_locked, locked
 from hap.harness.processes.progress import Say, Step, silent
-from hap.harness.processes.workers import Executor, Known
+from hap.harness.processes.workers import Broken, Executor, Known
 from hap.harness.records import store
 from hap.harness.records.record import Run
 from hap.harness.spec.spec import Case, Spec
+from hap.harness.train.step import memory_ran_out
 
 
 class Job(NamedTuple):
@@ -29,6 +31,12 @@ class Job(NamedTuple):
     seed: int
     results: Path
     again: bool = False
+    alone: str = ""  # the command that makes this record and nothing else
+
+    @property
+    def name(self) -> str:
+        """What the lines of a command call it."""
+        return f"{self.case.name} seed {self.seed}"
 
     @property
     def file(self) -> Path:
@@ -41,21 +49,50 @@ class Job(NamedTuple):
         return self.again or not self.file.exists()
 
 
-def jobs(spec: Spec, case: str | None, results: Path, again: bool = False) -> list[Job]:
-    """Those of all cases and seeds of a spec; or of the cases of one name, be it that before the @ of their budget."""
+def jobs(path: Path, spec: Spec, case: str | None, results: Path, again: bool = False) -> list[Job]:
+    """Those of all cases and seeds of a spec, which lies at `path`; or of the cases called `case`, without their @."""
     chosen = [each for each in spec.cases.values() if case in (None, each.name, each.name.split("@")[0])]
     if not chosen:
         raise HapError(f"--case {case}: must be a case of {spec.name}, one of {', '.join(spec.cases)}")
-    return [Job(each, seed, results, again) for each in chosen for seed in spec.seeds]
+    pairs = [(each, seed) for each in chosen for seed in spec.seeds]
+    return [Job(each, seed, results, again, alone(path, each, seed, results)) for each, seed in pairs]
 
 
-def make(jobs: Iterable[Job], executor: Executor, step: Step) -> None:
-    """Makes the records of the jobs; those that another process is making come last, and are waited for."""
+def alone(path: Path, case: Case, seed: int, results: Path) -> str:
+    """The command that makes one record; `path` is the file of its spec."""
+    usual = results == path.absolute().parent.parent / "results"
+    where = [] if usual else ["--results", str(results)]
+    return shlex.join(["hap", "record", str(path), case.name, str(seed), *where])
+
+
+def make(jobs: Iterable[Job], executor: Executor, step: Step) -> Iterator[tuple[Job, Broken]]:
+    """Makes the records of the jobs; those that another process is making come last, and are waited for.
+
+    Yields the jobs that broke, each of which was tried once.
+    """
     waiting = deque(jobs)
     while waiting:
         job = _next(waiting)
-        with step(f"{job.case.name} seed {job.seed}") as say:
-            executor(ensure, job, say=say)
+        try:
+            with step(job.name) as say:
+                attempt(job, executor, say)
+        except Broken as error:
+            yield job, error
+
+
+def attempt(job: Job, executor: Executor, say: Say = silent, work: Callable[..., Run] | None = None) -> Run:
+    """The record of a job, by `ensure` or by `work`; Broken where the process that makes it ends or lacks memory."""
+    try:
+        return executor(work or ensure, job, say=say)
+    except Broken as error:
+        if ranks.world() > 1:  # the ranks go on together or not at all
+            raise
+        why = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if ranks.world() > 1 or not memory_ran_out(error):
+            raise
+        why = f"memory ran out ({' '.join(str(error).split()):.120})"
+    raise Broken(f"{why}; to repeat it: {job.alone}" if job.alone else why)
 
 
 def ensure(job: Job, known: Known | None = None, say: Say = silent) -> Run:

@@ -47,6 +47,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "claim: judges a claim on the evidence there is, without a run")
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends the process that made records."""
+    close = getattr(config.stash.get(EXECUTOR, None), "close", None)
+    if close is not None:
+        close()
+
+
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "SpecFile | None":
     """A spec for each .toml directly in a folder `reproductions`."""
     if file_path.suffix == ".toml" and file_path.parent.name == "reproductions":
@@ -137,16 +144,17 @@ def _check(error: str | None, item: SpecItem) -> None:
 
 
 def _run(spec: Any, case: Any, seed: int, results: Path, item: SpecItem) -> None:
-    from hap.harness.make import Job, ensure
-    from hap.harness.processes.workers import InProcess
+    from hap.harness.make import Job, alone, attempt
+    from hap.harness.processes.workers import Worker
     from hap.harness.spec.spec import require
     from hap.harness.task import MissingData
 
-    job, item.file.judged = Job(case, seed, results, item.config.getoption("--again")), None
+    again, command = item.config.getoption("--again"), alone(item.path, case, seed, results)
+    job, item.file.judged = Job(case, seed, results, again, command), None
     try:
         if job.missing:
             require(spec)
-        item.config.stash.setdefault(EXECUTOR, InProcess())(ensure, job)
+        attempt(job, item.config.stash.setdefault(EXECUTOR, Worker()))
     except MissingData as error:
         pytest.skip(str(error))
 

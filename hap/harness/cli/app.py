@@ -73,16 +73,18 @@ def run(
         raise HapError("--smoke: rehearses here, and not with --slurm")
     with _joined() as alone, executing(context) as executor:
         if smoke:
-            return _rehearse(chosen, case, executor)
+            raise typer.Exit(int(_rehearse(chosen, case, executor)))
         there = {path: results_of(path, results) for path in chosen}
-        wanted = {path: jobs(spec, case, there[path], again) for path, spec in chosen.items()}
+        wanted = {path: jobs(path, spec, case, there[path], again) for path, spec in chosen.items()}
         if cluster:
-            _send(chosen, wanted, cluster)
+            broken = _send(chosen, wanted, cluster)
         else:
-            for path, spec in chosen.items():
-                _make(spec, wanted[path], executor, skip=len(chosen) > 1)
-        failed = alone(lambda: _close(there))
-    raise typer.Exit(int(failed))
+            several = len(chosen) > 1
+            broken = [each for path, spec in chosen.items() for each in _make(spec, wanted[path], executor, several)]
+        surprising = alone(lambda: _close(there))
+        if broken:
+            say(f"{len(broken)} of {sum(map(len, wanted.values()))} records are BROKEN, as said above")
+    raise typer.Exit(int(surprising or bool(broken)))
 
 
 @app.command()
@@ -91,7 +93,7 @@ def record(
     context: Context,
     spec: Annotated[Path, typer.Argument(help="The file of a spec.")],
     case: Annotated[str, typer.Argument(help="The whole name of a case.")],
-    seed: Annotated[int, typer.Argument(help="One of its seeds.")],
+    seed: Annotated[int, typer.Argument(help="One of its seeds; with --results any.")],
     again: Annotated[bool, typer.Option("--again", help="Make it anew where it exists.")] = False,
     results: Results = None,
 ) -> None:
@@ -100,10 +102,12 @@ def record(
     from hap.harness.spec.spec import load_spec
 
     found = load_spec(spec)
-    if case not in found.cases or seed not in found.seeds:
+    if case not in found.cases or (seed not in found.seeds and results is None):
         raise HapError(f"{spec}: a case and a seed of this spec expected, found {case} and {seed}")
     with _joined(), executing(context) as executor:
-        _make(found, [Job(found.cases[case], seed, results_of(spec, results), again)], executor)
+        broken = _make(found, [Job(found.cases[case], seed, results_of(spec, results), again)], executor)
+    if broken:
+        raise HapError(broken[0])
 
 
 @app.command("cost")
@@ -214,39 +218,51 @@ def _chosen(specs: list[str] | None, tier: str | None) -> "dict[Path, Spec]":
     return found
 
 
-def _make(spec: "Spec", jobs: "list[Job]", executor: "Executor", skip: bool = False) -> None:
-    """Makes the records of a spec; `skip`: one whose data is missing is left out, with a line that says so."""
+def _make(spec: "Spec", jobs: "list[Job]", executor: "Executor", skip: bool = False) -> list[str]:
+    """Makes the records of a spec, and returns a line for each one that is BROKEN.
+
+    `skip`: a spec whose data is missing is left out, with a line that says so.
+    """
     from hap.harness.make import make
     from hap.harness.processes import ranks
     from hap.harness.processes.progress import progress
     from hap.harness.spec.spec import require
     from hap.harness.task import MissingData
 
+    broken = list[str]()
     try:
         if ranks.shared(lambda: any(job.missing for job in jobs)):
             require(spec)
         with progress(spec.name, len(jobs), out) as step:
-            make(jobs, executor, step)
+            for job, error in make(jobs, executor, step):
+                broken.append(f"{spec.name}: {job.name} is BROKEN: {error}")
+                say(broken[-1])
     except MissingData as error:
         if not skip or ranks.world() > 1:  # where one rank alone lacks it, the others would go on
             raise
         say(f"{spec.name} is left out: {error}")
+    return broken
 
 
-def _rehearse(chosen: "dict[Path, Spec]", case: str | None, executor: "Executor") -> None:
-    """Every stage of the specs, small, with nothing kept."""
+def _rehearse(chosen: "dict[Path, Spec]", case: str | None, executor: "Executor") -> bool:
+    """Every stage of the specs, small, with nothing kept; returns whether one is BROKEN."""
     from hap.harness.cli.rehearsal import rehearsal
     from hap.harness.make import jobs
 
+    broken = list[str]()
     for path, spec in chosen.items():
-        asked = {job.case.name: job.case for job in jobs(spec, case, Path())}
+        asked = {job.case.name: job.case for job in jobs(path, spec, case, Path())}
         with rehearsal(spec.model_copy(update={"cases": asked}), path.absolute().parent.parent) as (small, folder):
-            _make(small, jobs(small, None, folder), executor, skip=len(chosen) > 1)
-        say(f"{spec.name}: went through every stage; nothing of it is kept")
+            small_jobs = [job._replace(alone="") for job in jobs(path, small, None, folder)]  # it is of the full case
+            lines = _make(small, small_jobs, executor, skip=len(chosen) > 1)
+        if not lines:
+            say(f"{spec.name}: went through every stage; nothing of it is kept")
+        broken += lines
+    return bool(broken)
 
 
-def _send(chosen: "dict[Path, Spec]", jobs: "dict[Path, list[Job]]", cluster: dict[str, Any]) -> None:
-    """Makes what is missing of the specs by jobs of a cluster, as `fanout.options` has them."""
+def _send(chosen: "dict[Path, Spec]", jobs: "dict[Path, list[Job]]", cluster: dict[str, Any]) -> list[str]:
+    """Makes what is missing of the specs by jobs of a cluster, as `fanout.options` has them; a line for each BROKEN."""
     from hap.harness.processes import fanout
     from hap.harness.spec.spec import require
 
@@ -254,7 +270,10 @@ def _send(chosen: "dict[Path, Spec]", jobs: "dict[Path, list[Job]]", cluster: di
     for path in (path for path, each in missing.items() if each and cluster["cluster"] == "local"):
         require(chosen[path])  # the nodes of a cluster have the GPU that this machine may lack
     records = [fanout.Record(path, job) for path, each in missing.items() for job in each]
-    fanout.fan_out(records, cluster, say)
+    broken = fanout.fan_out(records, cluster, say)
+    for line in broken:
+        say(line)
+    return broken
 
 
 def _close(there: dict[Path, Path]) -> bool:

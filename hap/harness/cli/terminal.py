@@ -120,7 +120,15 @@ def say(line: str) -> None:
 
 @contextmanager
 def executing(context: Context) -> "Iterator[Executor]":
-    """Gives what makes the records of a command: the object of the context where its caller gave one."""
-    from hap.harness.processes.workers import InProcess
+    """Gives what makes the records of a command: the object of the context where its caller gave one, else a worker.
 
-    yield InProcess() if context.obj is None else context.obj
+    Under torchrun the ranks make them together, each in its own process.
+    """
+    from hap.harness.processes import ranks
+    from hap.harness.processes.workers import InProcess, Worker
+
+    if context.obj is not None or ranks.launched():
+        yield context.obj or InProcess()
+        return
+    with Worker() as worker:
+        yield worker

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from re import sub
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from hap import HapError
 from hap.harness.cli.doctor import ready
 from hap.harness.compare.differences import Difference, Pairs
-from hap.harness.make import Job, ensure
+from hap.harness.make import Job, attempt, ensure
 from hap.harness.processes.files import atomic_writes, cache
 from hap.harness.processes.progress import Say, Step
 from hap.harness.processes.workers import Executor, Known
@@ -102,15 +103,15 @@ def committed(spec: Spec, cases: Sequence[Case], results: Path, rerun: bool = Fa
 def ran(rival: Rival, case: Case, seed: int, executor: Executor, step: Step) -> Run:
     """The run of a rival in the place of a case: the one that is in the cache, else made now."""
     own = rival.inside(case)
-    with step(f"{own.name} seed {seed}") as say:
-        return executor(_blamed, rival, Job(own, seed, rival.folder), say=say)
+    with step(f"{own.name} seed {seed}") as say, blaming(rival):
+        return attempt(Job(own, seed, rival.folder), executor, say, partial(_blamed, rival))
 
 
 def reran(case: Case, seed: int, executor: Executor, step: Step) -> Run:
     """The run of a case of ours, made here, in the cache too."""
     job = Job(case, seed, cache() / "compare" / provenance.code()["sha256"][:16])
     with step(f"{case.name} seed {seed}") as say:
-        return executor(ensure, job, say=say)
+        return attempt(job, executor, say)
 
 
 def _blamed(rival: Rival, job: Job, known: Known, say: Say) -> Run:

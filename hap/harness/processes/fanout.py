@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from hap import HapError
 from hap.harness import make
 from hap.harness.processes.files import cache
+from hap.harness.processes.workers import ended
 from hap.harness.spec.spec import Case
 
 KEYS: Mapping[str, tuple[type, str | None]] = {  # what --slurm takes, as what, and submitit's name for it
@@ -52,7 +53,13 @@ class Record(NamedTuple):
     @property
     def name(self) -> str:
         """What the lines of the command call it."""
-        return f"{self.spec.stem}: {self.job.case.name} seed {self.job.seed}"
+        return f"{self.spec.stem}: {self.job.name}"
+
+    def broken(self, why: str) -> str:
+        """The line of one that could not be made; why, and the command that makes it here."""
+        again = f"; to repeat it: {self.job.alone}"
+        why = why.removeprefix(f"{self.name} is BROKEN: ").replace(again, "")  # its own command says it too
+        return f"{self.name} is BROKEN: {why}{again}"
 
 
 @dataclass(frozen=True)
@@ -105,17 +112,15 @@ def options(given: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def fan_out(records: Sequence[Record], given: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Makes the records by jobs and waits for them; HapError names those that failed, after all have ended.
+def fan_out(records: Sequence[Record], given: Mapping[str, Any], say: Callable[[str], None]) -> list[str]:
+    """Makes the records by jobs and waits for them; returns a line for each one that is BROKEN, after all have ended.
 
     Jobs of a cluster go on where this process is interrupted; the same command then finds what they made.
     """
     if not records:
-        return
+        return []
     executor, slots = _executor(given), _slots(given, len(records))
-    failed = _run(executor, _chains(records), slots, lambda record, slot: _job(record, given, slot), say)
-    if failed:
-        raise HapError(f"{len(failed)} of {len(records)} records were not made: {'; '.join(failed)}")
+    return _run(executor, _chains(records), slots, lambda record, slot: _job(record, given, slot), say)
 
 
 def _executor(given: Mapping[str, Any]) -> Any:
@@ -190,7 +195,7 @@ def _run(
                 say(f"{record.name}: job {running[-1][2].job_id}")
             except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # slurm refuses it
                 slots.append(slot)
-                failed.append(f"{record.name} ({' '.join(str(error).split()):.200})")
+                failed.append(record.broken(f"{' '.join(str(error).split()):.200}"))
                 waiting.extend(behind.pop(id(record), []))
         time.sleep(EVERY)
         for each in [each for each in running if each[2].done()]:
@@ -198,7 +203,7 @@ def _run(
             record, slot, ended = each
             wrong = _wrong(ended)
             say(f"{record.name}: {wrong or 'there'}")
-            failed += [f"{record.name} ({wrong})"] if wrong else []
+            failed += [record.broken(wrong)] if wrong else []
             slots.append(slot)
             waiting.extend(behind.pop(id(record), []))
     return failed
@@ -207,10 +212,12 @@ def _run(
 def _wrong(job: Any) -> str | None:
     """Why a job that ended made nothing: the last line it said, and where the rest is."""
     try:
-        if job.result() == 0:
+        code = job.result()
+        if code == 0:
             return None
     except Exception as error:  # whatever submitit makes of a job that was killed, or lost its result
         found = next(iter(str(error).splitlines()), type(error).__name__)
         return f"{found}; log {job.paths.stderr}"
     lines = [line for line in (job.stderr() or "").splitlines() if line.startswith("hap: ")]
-    return f"{lines[-1] if lines else 'it ended without a word'}; log {job.paths.stderr}"
+    why = lines[-1].removeprefix("hap: ") if lines else f"its process {ended(code)}"
+    return f"{why}; log {job.paths.stderr}"

@@ -22,6 +22,7 @@ from hap import HapError
 from hap.harness.batchnorm import synchronised
 from hap.harness.processes import ranks
 from hap.harness.processes.progress import Event, Say, silent
+from hap.harness.processes.workers import Broken
 from hap.harness.records.provenance import code, environment
 from hap.harness.task import Task
 from hap.harness.train.checkpoints import Keeper, Point
@@ -118,7 +119,7 @@ class _Trainer:
                     raise
                 # the other ranks are still waiting for this one, and would not begin the epoch again
                 if ranks.world() > 1 or not self.step.halve():
-                    raise HapError(
+                    raise Broken(
                         f"{self.task.name}: memory ran out with micro-batches of {self.step.micro_batch} samples "
                         f"({' '.join(str(error).split())[:120]})"
                     ) from None

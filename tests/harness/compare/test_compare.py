@@ -20,6 +20,7 @@ from hap.harness.compare import conclusions as comparison
 from hap.harness.compare import rivals as compare
 from hap.harness.compare.differences import Pairs, differences
 from hap.harness.make import Job, ensure
+from hap.harness.processes.workers import InProcess
 from hap.harness.records import store
 from hap.harness.spec.spec import load_spec
 
@@ -62,7 +63,8 @@ def folder(made, tmp_path, monkeypatch):
 
 
 def hap(*args):
-    return CliRunner().invoke(cli.app, args)
+    """The command, with records made in this process, where a test has put something in the place of a run."""
+    return CliRunner().invoke(cli.app, args, obj=InProcess())
 
 
 def files(folder):
@@ -330,6 +332,21 @@ def test_bad_input_is_one_line(folder, unchecked, arguments, says):
     told = hap("compare", *arguments)
     assert (told.exit_code, told.stderr.count("\n")) == (2, 1), told.output
     assert told.stderr.startswith(f"hap: {says}"), told.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("aborts", "its process was ended by SIGABRT\n"),
+        ("broken", "raised ZeroDivisionError: division by zero (in strangers.py, line "),
+        ("exhausts", "raised MemoryError: a made-up lack of it (in strangers.py, line "),
+    ],
+)
+def test_a_function_that_ends_its_process_is_one_line(folder, name, says):
+    """In a worker, as the command makes its runs."""
+    told = CliRunner().invoke(cli.app, ["compare", f"strangers:{name}", "--spec", "tiny", "--against", "hap@50"])
+    assert (told.exit_code, told.stderr.count("\n")) == (2, 1), told.output
+    assert told.stderr.startswith(f"hap: strangers:{name}: {says}")
 
 
 def test_other_data_than_those_of_the_evidence_are_refused(folder, monkeypatch):
