@@ -38,7 +38,7 @@ def trained(
     compile: bool = False,
     lr: float = 0.1,
     smoke: bool = False,
-    fit: training.Fit = training.fit,
+    fit: training.Fit | None = None,
 ) -> Task:
     """The network of `build`, trained with this seed where its weights are not in the cache; the rest as `pretrained`.
 
@@ -67,9 +67,11 @@ def ready(**options: object) -> Data:
     return data.cifar10()[2]
 
 
-def _trained(task: Task, recipe: training.Recipe, seed: int, keep: str, fit: training.Fit, folder: Path) -> Trained:
+def _trained(
+    task: Task, recipe: training.Recipe, seed: int, keep: str, fit: training.Fit | None, folder: Path
+) -> Trained:
     rng, best = training.generator(seed, "train"), keep == "best_test"
-    curve = fit(task.model, task, recipe, rng=rng, keep=folder, snapshots=best)
+    curve = (fit or training.fit)(task.model, task, recipe, rng=rng, keep=folder, snapshots=best)
     if not best:
         return Trained(training.snapshot(task.model), curve.notes)
 

@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
 
 
 def task(
-    seed: int, *, samples: int = 128, batch: int = 64, smoke: bool = False, fit: training.Fit = training.fit
+    seed: int, *, samples: int = 128, batch: int = 64, smoke: bool = False, fit: training.Fit | None = None
 ) -> Task:
     """A BERT of 2 layers with 8 heads each, trained with this seed from scratch; `samples` for calibration.
 
@@ -75,9 +75,9 @@ def ready(**options: object) -> Data:
     return digits_preresnet.ready()
 
 
-def _trained(task: Task, recipe: training.Recipe, seed: int, fit: training.Fit, keep: Path) -> Trained:
+def _trained(task: Task, recipe: training.Recipe, seed: int, fit: training.Fit | None, keep: Path) -> Trained:
     rng = training.generator(seed, "train")
-    curve = fit(task.model, task, recipe, rng=rng, keep=keep, snapshots=False)
+    curve = (fit or training.fit)(task.model, task, recipe, rng=rng, keep=keep, snapshots=False)
     return Trained(training.snapshot(task.model), curve.notes)
 
 

@@ -26,7 +26,7 @@ NORMALISE = Normalise((0.305,), (0.376,), white=16.0)
 SPLITS = {"train": 1077, "validation": 270, "test": 450}
 
 
-def task(seed: int, *, images: int = 512, batch: int = 128, fit: training.Fit = training.fit) -> Task:
+def task(seed: int, *, images: int = 512, batch: int = 128, fit: training.Fit | None = None) -> Task:
     """A PreResNet-20 trained with this seed, and `images` calibration images that the seed draws.
 
     The digits fill their 8x8 images, so there is no augmentation: a shift by one pixel cuts strokes off, and cost 1 to
@@ -64,9 +64,9 @@ def ready(**options: object) -> Data:
     return digits()[1]
 
 
-def _trained(task: Task, seed: int, fit: training.Fit, keep: Path) -> Trained:
+def _trained(task: Task, seed: int, fit: training.Fit | None, keep: Path) -> Trained:
     rng = training.generator(seed, "train")
-    curve = fit(task.model, task, RECIPE, rng=rng, keep=keep, snapshots=False)
+    curve = (fit or training.fit)(task.model, task, RECIPE, rng=rng, keep=keep, snapshots=False)
     return Trained(training.snapshot(task.model), curve.notes)
 
 

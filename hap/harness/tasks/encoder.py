@@ -54,7 +54,7 @@ def finetuned(
     autocast: str | None = None,
     attention: Literal["sdpa", "eager"] = "sdpa",
     smoke: bool = False,
-    fit: training.Fit = training.fit,
+    fit: training.Fit | None = None,
 ) -> Task:
     """The encoder with a fresh head, trained with this seed: AdamW, batches of 32, a tenth of warm-up, linear decay.
 
@@ -218,9 +218,9 @@ def _encode(tokenizer: Any, texts: list[tuple[str, ...]], length: int) -> list[t
     return list(zip(found["input_ids"], found["token_type_ids"], strict=True))
 
 
-def _trained(task: Task, recipe: training.Recipe, seed: int, fit: training.Fit, keep: Path) -> Trained:
+def _trained(task: Task, recipe: training.Recipe, seed: int, fit: training.Fit | None, keep: Path) -> Trained:
     rng = training.generator(seed, "train")
-    curve = fit(task.model, task, recipe, rng=rng, keep=keep, snapshots=False)
+    curve = (fit or training.fit)(task.model, task, recipe, rng=rng, keep=keep, snapshots=False)
     return Trained(training.snapshot(task.model), curve.notes)
 
 
