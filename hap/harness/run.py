@@ -14,9 +14,9 @@ from hap.cost import latency, macs, params
 from hap.harness.batchnorm import recalibrate
 from hap.harness.processes import ranks
 from hap.harness.processes.progress import Clock, Say, silent
+from hap.harness.processes.provenance import code, environment
 from hap.harness.processes.workers import Known
 from hap.harness.records.freshness import decides, entrances
-from hap.harness.records.provenance import code, environment
 from hap.harness.records.record import Run
 from hap.harness.spec.functions import Ref
 from hap.harness.spec.spec import Case

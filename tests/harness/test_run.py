@@ -10,8 +10,9 @@ import torch
 
 import hap
 from hap import HapError
+from hap.harness.processes import provenance
 from hap.harness.processes.progress import Clock, silent
-from hap.harness.records import freshness, provenance, store
+from hap.harness.records import freshness, store
 from hap.harness.records.record import Run
 from hap.harness.run import one_shot, run
 from hap.harness.spec.functions import Ref

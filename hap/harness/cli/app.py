@@ -40,7 +40,7 @@ def list_specs(results: Results = None) -> None:
 
     for path in paths(["all"]):
         try:
-            spec = load_spec(path)
+            spec = load_spec(path, bound=False)
             made = sum(map(len, store.evidence(spec, results_of(path, results)).values()))
             counts = f"{len(spec.cases)} cases, {made} of {len(spec.cases) * len(spec.seeds)} runs made"
             needs = f"; needs {spec.needs}" if spec.needs else ""
@@ -62,11 +62,14 @@ def run(
     results: Results = None,
 ) -> None:
     """Make the evidence that is missing, judge it, write the report; under torchrun, on several GPUs at once."""
+    if not specs and tier is None:
+        raise HapError(f"name a spec: {', '.join(path.stem for path in paths(['all']))} or all")
+    named = paths(specs or ["all"])  # before what takes seconds to import
+    from hap.harness.cli.slurm import options
     from hap.harness.make import jobs
-    from hap.harness.processes import fanout
 
-    chosen = _chosen(specs, tier)
-    cluster = fanout.options(slurm) if slurm else None
+    chosen = _chosen(named, tier)
+    cluster = options(slurm) if slurm else None
     if cluster and "TORCHELASTIC_RUN_ID" in os.environ:
         raise HapError("--slurm: sends jobs by itself, and not under torchrun; ranks=N gives each job N ranks")
     if smoke and cluster:
@@ -118,6 +121,9 @@ def cost_specs(
     tflops: Annotated[float | None, typer.Option(help="That a device sustains, in place of what was timed.")] = None,
 ) -> None:
     """Time a few real steps of each stage; tell the hours, steps, FLOPs, GPU memory and disk of a whole spec."""
+    if not specs:
+        raise HapError(f"name a spec: {', '.join(path.stem for path in paths(['all']))} or all")
+    named = paths(specs)  # before what takes seconds to import
     from hap.harness.cli import bill
     from hap.harness.cli.estimate import estimate
     from hap.harness.spec.spec import load_spec
@@ -125,9 +131,7 @@ def cost_specs(
     several = bill.counts(devices)
     if tflops is not None and not tflops > 0:
         raise HapError(f"--tflops: a number above 0 expected, found {tflops:g}")
-    if not specs:
-        raise HapError(f"name a spec: {', '.join(path.stem for path in paths(['all']))} or all")
-    for path in paths(specs):
+    for path in named:
         with out.status(path.stem) as status:
             found = estimate(load_spec(path), status.update)
         out.print(bill.table(found))
@@ -143,13 +147,14 @@ def judge_specs(
     results: Results = None,
 ) -> None:
     """Judge committed evidence; runs nothing. Exit code 1 if a claim fails that is not known to."""
+    named = paths(specs or ["all"])  # before what takes seconds to import
     from hap.harness.records import store
     from hap.harness.spec.spec import load_spec
     from hap.harness.verdicts import judge
 
     failed = False
-    for path in paths(specs or ["all"]):
-        spec = load_spec(path)
+    for path in named:
+        spec = load_spec(path, bound=False)
         failed |= _summary(spec, judge.of_today(spec, store.evidence(spec, results_of(path, results))), release)
     raise typer.Exit(int(failed))
 
@@ -158,10 +163,10 @@ def judge_specs(
 @told
 def report_specs(specs: Names = None, results: Results = None) -> None:
     """Write tables, figures, VERDICTS.md and index.html from committed evidence."""
+    chosen = paths(specs or ["all"])
     from hap.harness.report import plots
     from hap.harness.report import write as report
 
-    chosen = paths(specs or ["all"])
     for folder in dict.fromkeys(results_of(path, results) for path in chosen):
         here = [path for path in chosen if results_of(path, results) == folder]
         report.write(here, folder, lambda file: say(near(file)))
@@ -206,12 +211,10 @@ def _joined() -> "Iterator[Callable[[Callable[[], Any]], Any]]":
         yield ranks.shared
 
 
-def _chosen(specs: list[str] | None, tier: str | None) -> "dict[Path, Spec]":
+def _chosen(named: "Sequence[Path]", tier: str | None) -> "dict[Path, Spec]":
     from hap.harness.spec.spec import load_spec
 
-    if not specs and tier is None:
-        raise HapError(f"name a spec: {', '.join(path.stem for path in paths(['all']))} or all")
-    found = {path: load_spec(path) for path in paths(specs or ["all"])}
+    found = {path: load_spec(path) for path in named}
     found = {path: spec for path, spec in found.items() if tier in (None, spec.tier)}
     if not found:
         raise HapError(f"--tier {tier}: no spec is of this tier")
@@ -262,15 +265,15 @@ def _rehearse(chosen: "dict[Path, Spec]", case: str | None, executor: "Executor"
 
 
 def _send(chosen: "dict[Path, Spec]", jobs: "dict[Path, list[Job]]", cluster: dict[str, Any]) -> list[str]:
-    """Makes what is missing of the specs by jobs of a cluster, as `fanout.options` has them; a line for each BROKEN."""
-    from hap.harness.processes import fanout
+    """Makes what is missing of the specs by jobs of a cluster, as `slurm.options` has them; a line for each BROKEN."""
+    from hap.harness.cli import slurm
     from hap.harness.spec.spec import require
 
     missing = {path: [job for job in each if job.missing] for path, each in jobs.items()}
     for path in (path for path, each in missing.items() if each and cluster["cluster"] == "local"):
         require(chosen[path])  # the nodes of a cluster have the GPU that this machine may lack
-    records = [fanout.Record(path, job) for path, each in missing.items() for job in each]
-    broken = fanout.fan_out(records, cluster, say)
+    records = [slurm.Record(path, job) for path, each in missing.items() for job in each]
+    broken = slurm.fan_out(records, cluster, say)
     for line in broken:
         say(line)
     return broken

@@ -41,6 +41,8 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
             _complain(error)
             _leave(2)
             raise typer.Exit(2) from None
+        except typer.Exit:  # a RuntimeError to Python
+            raise
         except (RuntimeError, MemoryError) as error:
             from hap.harness.processes import ranks
             from hap.harness.train.step import memory_ran_out

@@ -19,15 +19,15 @@ from typing import Literal
 from pydantic import ValidationError
 
 from hap import HapError
-from hap.harness.cli.doctor import ready
 from hap.harness.compare.differences import Difference, Pairs
 from hap.harness.make import Job, attempt, ensure
+from hap.harness.processes import provenance
 from hap.harness.processes.files import atomic_writes, cache
 from hap.harness.processes.progress import Say, Step
 from hap.harness.processes.workers import Executor, Known
-from hap.harness.records import provenance, store
+from hap.harness.records import store
 from hap.harness.records.record import Run
-from hap.harness.spec.functions import Ref, mistake, resolve
+from hap.harness.spec.functions import Ref, mistake, ready, resolve
 from hap.harness.spec.spec import Case, Spec
 from hap.harness.train.step import memory_ran_out
 

@@ -22,8 +22,8 @@ from hap import HapError
 from hap.harness.batchnorm import synchronised
 from hap.harness.processes import ranks
 from hap.harness.processes.progress import Event, Say, silent
+from hap.harness.processes.provenance import code, environment
 from hap.harness.processes.workers import Broken
-from hap.harness.records.provenance import code, environment
 from hap.harness.task import Task
 from hap.harness.train.checkpoints import Keeper, Point
 from hap.harness.train.checkpoints import State as State

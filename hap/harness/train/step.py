@@ -46,6 +46,7 @@ class Stepper:
         """
         mine, total = len(targets), targets.new_zeros((), dtype=torch.float32)
         whole, mass = whole or mine, ranks.summed(self.task.loss.mass(targets))
+        mass = mass.where(mass > 0, 1)  # a batch of ignored targets has no loss; 0 / 0 would spoil the weights
         world = ranks.world()
         # of sizes as equal as can be; as many on each rank, for in each the ranks wait for each other
         parts = min(math.ceil(math.ceil(whole / world) / self.micro_batch), whole // world)

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hap.harness.records import freshness, provenance
+from hap.harness.processes import provenance
+from hap.harness.records import freshness
 from hap.harness.records.freshness import FRESH, age, at_commit, deciding, differing, newest, on_disk, parsed
 from hap.harness.records.store import load
 

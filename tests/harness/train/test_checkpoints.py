@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import fake_run, write_spec
+from small import RECIPE, epoch, net, small
 from test_stepping import starved
-from test_training import RECIPE, epoch, net, small
 
 from hap import HapError
 from hap.harness.make import Job, ensure
