@@ -75,7 +75,8 @@ def refuse_unfinite_diagonal(who: str, model: nn.Module, diagonal: Mapping[str, 
         refuse_unfinite(f"{who}, diagonal", diagonal)
     except HapError as error:
         spoilt = [name for name, t in model.named_buffers() if t.is_floating_point() and bool(t.isnan().any())]
-        cause = f"the buffer {spoilt[0]} holds NaN" if spoilt else "see whether inputs, targets and outputs are finite"
+        look = "see whether inputs and outputs are finite and all targets classes"
+        cause = f"the buffer {spoilt[0]} holds NaN" if spoilt else look
         raise HapError(f"{error}; {cause}") from None
 
 

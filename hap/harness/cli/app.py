@@ -40,7 +40,7 @@ def list_specs(results: Results = None) -> None:
 
     for path in paths(["all"]):
         try:
-            spec = load_spec(path, bound=False)
+            spec = load_spec(path, bind=False)
             made = sum(map(len, store.evidence(spec, results_of(path, results)).values()))
             counts = f"{len(spec.cases)} cases, {made} of {len(spec.cases) * len(spec.seeds)} runs made"
             needs = f"; needs {spec.needs}" if spec.needs else ""
@@ -154,7 +154,7 @@ def judge_specs(
 
     failed = False
     for path in named:
-        spec = load_spec(path, bound=False)
+        spec = load_spec(path, bind=False)
         failed |= _summary(spec, judge.of_today(spec, store.evidence(spec, results_of(path, results))), release)
     raise typer.Exit(int(failed))
 
@@ -180,7 +180,8 @@ def lint_results(results: Results = None) -> None:
     """Check committed results: sums, differences, budgets, conventions, tables. Exit code 1 if something is wrong."""
     from hap.harness.cli.lint import lint
 
-    found = lint(FOLDER, results_of(FOLDER / "any", results))
+    with out.status("reading") as status:
+        found = lint(FOLDER, results_of(FOLDER / "any", results), lambda name: status.update(f"checking {name}"))
     for finding in found:
         say(finding.line)
     say(f"{len(found)} findings" if found else "nothing is wrong")

@@ -119,14 +119,14 @@ def find_specs(root: Path) -> list[Path]:
     return sorted(root.glob("*.toml"))
 
 
-def load_spec(path: Path, *, bound: bool = True) -> Spec:
+def load_spec(path: Path, bind: bool = True) -> Spec:
     """A spec read, inherited, expanded and bound; HapError names the file and the path of the first mistake.
 
-    `bound=False` imports none of the functions that it names, nor torch for them, and so does not see that one is
+    `bind=False` imports none of the functions that it names, nor torch for them, and so does not see that one is
     missing or takes other options: enough for whoever reads records and runs nothing.
     """
     try:
-        return _spec(path.stem, _file(_toml(path)), bound)
+        return _spec(path.stem, _file(_toml(path)), bind)
     except HapError as error:
         raise HapError(" ".join(f"{path}: {error}".split())) from None
     except (RecursionError, OverflowError) as error:
@@ -160,13 +160,13 @@ def _file(table: dict[str, Any]) -> _File:
         raise mistake("", error) from None
 
 
-def _spec(name: str, file: _File, bound: bool) -> Spec:
+def _spec(name: str, file: _File, bind: bool) -> Spec:
     if len(set(file.seeds)) < len(file.seeds):
         raise wrong("seeds", "must not repeat", list(file.seeds))
     shared = {field: (field, getattr(file, field)) for field in ("task", "reference", "finetune")}
     cases: dict[str, Case] = {}
     for raw in file.cases:
-        for case in expand(name, raw, file.cases, shared, bound):
+        for case in expand(name, raw, file.cases, shared, bind):
             if case.name in cases:
                 raise wrong(f"cases.{raw}.budget", "must not give one case twice", case.name)
             cases[case.name] = case
