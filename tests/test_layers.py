@@ -83,4 +83,4 @@ def test_functions_are_short():
 
 def test_the_core_is_small():
     """Lines with code: blank lines, comments and docstrings do not count."""
-    assert sum(len(code_lines(file)) for file in IN_CORE) < 2500
+    assert sum(len(code_lines(file)) for file in IN_CORE) < 2800

@@ -15,6 +15,7 @@ from hap import HapError
 from hap.hessian.losses import Batches, Loss
 from hap.hessian.persample import even
 from hap.structure.layers import Call, evaluating, first_tensor, is_mixing, refuse_hidden, uncompiled, weight_of
+from hap.structure.narrow import sound
 
 
 class Seen(NamedTuple):
@@ -44,7 +45,7 @@ def measuring(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[
     try:
         for p, _ in flags:
             p.requires_grad_(any(p is each for each in wanted.values()))
-        with torch.enable_grad(), uncompiled(model), evaluating(model), _affine(model):
+        with torch.enable_grad(), uncompiled(model), evaluating(model), _affine(model), sound(model):
             yield wanted
     finally:
         for p, needed in flags:
@@ -75,7 +76,8 @@ def refuse_unfinite_diagonal(who: str, model: nn.Module, diagonal: Mapping[str, 
         refuse_unfinite(f"{who}, diagonal", diagonal)
     except HapError as error:
         spoilt = [name for name, t in model.named_buffers() if t.is_floating_point() and bool(t.isnan().any())]
-        cause = f"the buffer {spoilt[0]} holds NaN" if spoilt else "see whether inputs, targets and outputs are finite"
+        look = "see whether inputs and outputs are finite and all targets classes"
+        cause = f"the buffer {spoilt[0]} holds NaN" if spoilt else look
         raise HapError(f"{error}; {cause}") from None
 
 

@@ -76,17 +76,16 @@ class CrossEntropy:
         _check(outputs, targets)
         # on a device a wrong class stops the kernel: to look first would make each step of a training wait
         if targets.device.type == "cpu":
-            _check_classes(outputs, targets, self.ignore_index)
+            _check_classes(outputs.shape[1], targets, self.ignore_index)
         how: dict[str, Any] = {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
         weight = None if self.weight is None else self.weight.to(outputs)
         return F.cross_entropy(outputs, targets, weight, reduction="sum", **how)
 
     def mass(self, targets: Tensor) -> Tensor:
         """The number of samples whose target is not ignored, or the sum of the class weights of these targets."""
-        kept = targets != self.ignore_index
         if self.weight is None:
-            return kept.sum()
-        return (self.weight.to(targets.device)[targets.where(kept, 0)] * kept).sum()
+            return (targets != self.ignore_index).sum()
+        return self._own(self.weight.to(targets.device), targets).sum()
 
     def columns(self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None) -> Columns:
         """One column for each class but one; or for each of a sample's k likeliest and one drawn from the rest.
@@ -95,7 +94,6 @@ class CrossEntropy:
         scaled by the root of the probability they have together; its square is unbiased.
         """
         _check(outputs, targets)
-        _check_classes(outputs, targets, self.ignore_index)
         _check_count(k, rng)
         classes = outputs.shape[-1]
         p, order = outputs.softmax(-1).sort(-1, descending=True)
@@ -126,9 +124,22 @@ class CrossEntropy:
     def _heights(self, targets: Tensor, like: Tensor) -> Float[Tensor, "batch"]:
         """The total weight a of each sample's targets; 0 where the target is ignored."""
         weight = torch.ones_like(like[0]) if self.weight is None else self.weight.to(like)
+        kept, smoothed = targets != self.ignore_index, self.label_smoothing * weight.mean()
+        return (1 - self.label_smoothing) * self._own(weight, targets) + smoothed * kept
+
+    def _own(self, weight: Tensor, targets: Tensor) -> Float[Tensor, "batch"]:
+        """The weight of each target's class; 0 where it is ignored.
+
+        Nothing waits for a device: there a target that is no class has NaN, which is refused when all is measured.
+        """
         kept = targets != self.ignore_index
-        a = (1 - self.label_smoothing) * weight[targets.where(kept, 0)] + self.label_smoothing * weight.mean()
-        return a * kept
+        index = targets.where(kept, 0)
+        try:
+            own = weight.index_select(0, index if index.device.type == "cpu" else index.clamp(0, len(weight) - 1))
+        except (IndexError, RuntimeError):
+            _check_classes(len(weight), targets, self.ignore_index)
+            raise
+        return own.where((index >= 0) & (index < len(weight)), torch.nan) * kept
 
 
 def _draw(weights: Float[Tensor, "batch outputs"], rng: torch.Generator | None) -> Float[Tensor, "batch outputs"]:
@@ -156,8 +167,7 @@ def _check(outputs: Any, targets: Tensor) -> None:
         raise HapError(f"cross-entropy: a class index for each of {len(outputs)} samples expected, found {found}")
 
 
-def _check_classes(outputs: Tensor, targets: Tensor, ignored: int) -> None:
-    classes = outputs.shape[1]
+def _check_classes(classes: int, targets: Tensor, ignored: int) -> None:
     if bool((wrong := (targets != ignored) & ((targets < 0) | (targets >= classes))).any()):
         found = int(targets[wrong][0])
         raise HapError(

@@ -197,6 +197,11 @@ def test_targets_that_no_logit_stands_for_are_refused(outputs, targets, says):
             measure(CrossEntropy())
 
 
+def test_the_mass_of_a_target_that_no_class_weight_stands_for_is_refused():
+    with pytest.raises(HapError, match="for 4 logits targets from 0 to 3 expected, found -1"):
+        CrossEntropy(weight=WEIGHT).mass(torch.tensor([0, -1]))
+
+
 def test_what_the_message_of_a_single_logit_advises_is_the_binary_loss():
     outputs, targets = torch.randn(5, 1), torch.tensor([0, 1, 1, 0, 1])
     loss = CrossEntropy(call=lambda model, x: F.pad(model(x), (1, 0)))

@@ -159,7 +159,7 @@ def _pruned(run: Run, part: str) -> float:
 
 
 def _seconds(run: Run) -> float:
-    return run.seconds.get("score", run.seconds["prune"])
+    return run.seconds["score" if "score" in run.seconds else "prune"]
 
 
 def _latency(run: Run) -> float:

@@ -10,8 +10,8 @@ from statistics import fmean
 from typing import Any, Literal
 
 from hap.harness.records.record import Run
-from hap.harness.returned import short
 from hap.harness.spec.spec import Case, Claim, Spec
+from hap.harness.supplied import short
 from hap.harness.verdicts.measures import measured
 from hap.harness.verdicts.statistics import Interval, deviation, holm, p_value
 

@@ -40,8 +40,8 @@ ROLES = ("task", "score", "method", "reference", "implant")
 SILENT = {
     f"hap.harness.{name}"
     for name in (
-        "spec.functions train.checkpoints processes.events processes.files processes.provenance records.freshness "
-        "tasks.cache "
+        "spec.functions train.checkpoints processes.progress processes.files processes.provenance processes.workers "
+        "records.freshness tasks.cache "
         "binding checkpoints events files freshness provenance records.provenance"  # where they lay in older commits
     ).split()
 }

@@ -1,20 +1,17 @@
 """Run <-> results/<spec>/<case>-<key>/seed<k>.json, whole or not at all; does not know what a run means.
 
-A file lock, which the system releases when a process dies, keeps two processes from making the same record.
+It does not know how a run is made.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
-from functools import partial
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from hap import HapError
-from hap.harness.processes.events import Say, silent
-from hap.harness.processes.files import atomic_write, cache, is_locked, locked
+from hap.harness.processes.files import atomic_write
 from hap.harness.records.parts import Parts
 from hap.harness.records.record import Run
 from hap.harness.spec.functions import mistake, wrong
@@ -46,34 +43,6 @@ def save(run: Run, results: Path) -> Path:
     file = results / run.spec / f"{run.case}-{run.key}" / f"seed{run.seed}.json"
     atomic_write(file, (json.dumps(asdict(run), indent=1) + "\n").encode())
     return file
-
-
-def ensure(case: Case, seed: int, results: Path, *, again: bool = False, say: Say = silent) -> Run:
-    """The record of a case and a seed: the one that is there, else made now; `again` makes it anew.
-
-    A fine-tuning that was killed goes on from its last epoch, which lies in the cache until the record is there.
-    """
-    import hap.harness.run as procedure  # torch, which reading a record does not need
-    from hap.harness.processes import ranks
-
-    file = path(results, case, seed)
-    if ranks.shared(file.exists) and not again:
-        return ranks.shared(partial(load, file))
-    training = cache() / "training" / case.spec / f"{case.name}-{case.key}-seed{seed}"
-    with (
-        ranks.held(partial(locked, file)),
-        ranks.held(partial(locked, training)),
-    ):  # two may write to two places, and train the same
-        if again or not ranks.shared(file.exists):  # another process may have made it while this one waited
-            made = procedure.run(case, seed, say=say, keep=training)
-            ranks.shared(partial(save, made, results))
-        ranks.shared(partial(shutil.rmtree, training, ignore_errors=True))
-    return ranks.shared(partial(load, file))
-
-
-def busy(results: Path, case: Case, seed: int) -> bool:
-    """Whether another process is making this record."""
-    return is_locked(path(results, case, seed))
 
 
 def evidence(spec: Spec, results: Path, cases: Sequence[str | None] | None = None) -> dict[str, list[Run]]:

@@ -29,7 +29,7 @@ ROLES: dict[str, Role] = {
     "method": (("task", "groups", "budget"), ("rng",)),
     "implant": (("module", "rows", "inputs"), ()),
 }
-OFFERED = {"pruned", "halves", "say"}  # what a caller hands over to a function that asks for it
+OFFERED = {"pruned", "halves", "fit"}  # what a caller hands over to a function that asks for it
 
 
 class Strict(BaseModel):

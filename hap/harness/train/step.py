@@ -19,10 +19,10 @@ LEAST = 2  # samples of a micro-batch: BatchNorm has no variance over one
 TEMPERATURE = 4.0  # of the distillation, where a recipe does not say [Hinton15]
 
 
-def memory_ran_out(error: RuntimeError) -> bool:
+def memory_ran_out(error: Exception) -> bool:
     """Whether a device, or the machine, had no memory left."""
     signs = ("out of memory", "not enough memory", "ALLOC_FAILED")  # of CUDA, of the CPU, of cuBLAS and cuDNN
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
 
 
 @dataclass

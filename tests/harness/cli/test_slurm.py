@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from fakes import write_spec
 
 from hap import HapError
 from hap.harness.cli import slurm
+from hap.harness.make import Job
 from hap.harness.spec.spec import load_spec
 from hap.harness.train.recipe import Recipe
 
@@ -26,12 +28,16 @@ def cluster(tmp_path, monkeypatch):
 def records(folder, cases=("hap",)):
     file = write_spec(folder)
     spec = load_spec(file)
-    return [slurm.Record(file, spec.cases[case], seed, folder / "results") for case in cases for seed in spec.seeds]
+    return [
+        slurm.Record(file, Job(spec.cases[case], seed, folder / "results", alone=f"hap record x {case} {seed}"))
+        for case in cases
+        for seed in spec.seeds
+    ]
 
 
 def shell(text):
     """A job that runs a line of shell in place of hap."""
-    return lambda record, *rest: slurm.Job(("sh", "-c", text.format(seed=record.seed)), str(Path.cwd()), rest[-1])
+    return lambda record, *rest: slurm.Job(("sh", "-c", text.format(seed=record.job.seed)), str(Path.cwd()), rest[-1])
 
 
 @pytest.mark.parametrize(
@@ -65,31 +71,32 @@ def test_a_machine_without_slurm_says_so(cluster):
     if os.path.exists("/usr/bin/sbatch"):
         pytest.skip("this machine has slurm")
     with pytest.raises(HapError, match=r"--slurm: .*(sbatch|slurm|Slurm)"):
-        slurm.fan_out(records(cluster), slurm.options(["partition=gpu"]), False, print)
+        slurm.fan_out(records(cluster), slurm.options(["partition=gpu"]), print)
 
 
 def test_the_command_of_a_job_is_that_of_one_record(cluster):
     (record, *_) = records(cluster)
-    command = slurm._job(record, {}, True, None).command
+    command = slurm._job(record._replace(job=record.job._replace(again=True)), {}, None).command
     assert command[1:] == (
-        *("-m", "hap", "record", str(record.spec), "hap", "0", "--results", str(record.results), "--again"),
+        *("-m", "hap", "record", str(record.spec), "hap", "0", "--results", str(record.job.results), "--again"),
     )
-    several = slurm._job(record, {"ranks": 8}, False, None).command
+    several = slurm._job(record, {"ranks": 8}, None).command
     assert several[1:6] == ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8")
     assert several[6:9] == ("-m", "hap", "record")
 
 
 def test_of_records_that_need_one_trained_model_one_comes_first_and_the_shortest(cluster, monkeypatch):
-    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, say=None: None)  # as a task that trains is told of it
+    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, fit=None: None)  # as a task that trains its model
     chains = slurm._chains(records(cluster, ("hap", "random")))
-    assert [[(r.case.name, r.seed) for r in chain] for chain in chains] == [
+    assert [[(r.job.case.name, r.job.seed) for r in chain] for chain in chains] == [
         [("hap", 0), ("random", 0)],
         [("hap", 1), ("random", 1)],
         [("hap", 2), ("random", 2)],
     ]
     long, short = records(cluster, ("hap", "random"))[::3]
-    long = long._replace(case=long.case.model_copy(update={"finetune": Recipe(epochs=90, lr=0.1)}))
-    assert [record.case.name for record in slurm._chains([long, short])[0]] == ["random", "hap"]
+    slow = long.job.case.model_copy(update={"finetune": Recipe(epochs=90, lr=0.1)})
+    long = long._replace(job=long.job._replace(case=slow))
+    assert [record.job.case.name for record in slurm._chains([long, short])[0]] == ["random", "hap"]
 
 
 def test_a_model_that_is_not_trained_keeps_no_record_waiting(cluster):
@@ -97,10 +104,10 @@ def test_a_model_that_is_not_trained_keeps_no_record_waiting(cluster):
 
 
 def test_the_others_go_when_their_first_has_ended(cluster, monkeypatch):
-    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, say=None: None)
+    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, fit=None: None)
     line = "test -e made{seed} && touch after{seed}; touch made{seed}"
     monkeypatch.setattr(slurm, "_job", shell(line))
-    slurm.fan_out(records(cluster, ("hap", "random")), slurm.options(["cluster=local,jobs=6"]), False, print)
+    slurm.fan_out(records(cluster, ("hap", "random")), slurm.options(["cluster=local,jobs=6"]), print)
     assert len(list(cluster.glob("after*"))) == 3
 
 
@@ -123,7 +130,7 @@ def test_the_devices_of_a_job_are_what_its_command_sees(cluster):
 
 
 def test_nothing_to_make_needs_no_cluster(cluster):
-    slurm.fan_out([], slurm.options(["partition=gpu"]), False, print)
+    slurm.fan_out([], slurm.options(["partition=gpu"]), print)
 
 
 def test_a_cluster_that_refuses_a_job_is_one_line_and_the_others_run(cluster, monkeypatch):
@@ -140,15 +147,15 @@ def test_a_cluster_that_refuses_a_job_is_one_line_and_the_others_run(cluster, mo
     real = slurm._executor
     monkeypatch.setattr(slurm, "_executor", lambda given: Executor(real(given)))
     monkeypatch.setattr(slurm, "_job", shell("touch made{seed}"))
-    with pytest.raises(HapError, match=r"1 of 3 records were not made: table: hap seed 0 .*invalid partition"):
-        slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), False, print)
+    (line,) = slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), print)
+    assert re.match(r"table: hap seed 0 is BROKEN: .*invalid partition", line)
     assert len(list(cluster.glob("made*"))) == 2
 
 
 def test_jobs_run_and_are_told_of(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "_job", shell("touch made{seed}"))
     told = []
-    slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=2"]), False, told.append)
+    slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=2"]), told.append)
     assert sorted(file.name for file in cluster.glob("made*")) == ["made0", "made1", "made2"]
     assert sum(line.endswith(": there") for line in told) == 3
     assert len(told) == 6
@@ -158,7 +165,7 @@ def test_no_more_jobs_at_once_than_asked(cluster, monkeypatch):
     """Each job looks whether another is there while it works."""
     line = "ls running* 2>/dev/null && touch crowd{seed}; touch running{seed}; sleep 0.3; rm running{seed}"
     monkeypatch.setattr(slurm, "_job", shell(line))
-    slurm.fan_out(records(cluster), slurm.options(["cluster=local"]), False, print)
+    slurm.fan_out(records(cluster), slurm.options(["cluster=local"]), print)
     assert not list(cluster.glob("crowd*"))
 
 
@@ -166,17 +173,24 @@ def test_a_job_that_fails_is_one_line_and_the_others_end(cluster, monkeypatch):
     monkeypatch.setattr(
         slurm, "_job", shell("test {seed} != 1 || {{ echo 'hap: no data' >&2; exit 2; }}; touch made{seed}")
     )
-    with pytest.raises(
-        HapError, match=r"1 of 3 records were not made: table: hap seed 1 \(hap: no data; log .*\.err\)"
-    ):
-        slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), False, print)
+    (line,) = slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), print)
+    says = r"table: hap seed 1 is BROKEN: no data; log .*\.err; to repeat it: hap record x hap 1"
+    assert re.fullmatch(says, line)
     assert sorted(file.name for file in cluster.glob("made*")) == ["made0", "made2"]
 
 
 def test_a_job_that_dies_is_one_line(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "_job", shell("kill -9 $PPID"))  # the process that submitit started
-    with pytest.raises(HapError, match="3 of 3 records were not made"):
-        slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), False, print)
+    assert len(slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), print)) == 3
+
+
+def test_a_command_that_a_signal_ends_is_told_with_the_signal_and_how_to_repeat_it(cluster, monkeypatch):
+    monkeypatch.setattr(slurm, "_job", shell("kill -ABRT $$"))
+    lines = slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), print)
+    says = (
+        r"table: hap seed 0 is BROKEN: its process was ended by SIGABRT; log .*\.err; to repeat it: hap record x hap 0"
+    )
+    assert re.fullmatch(says, min(lines))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the job's process is found through /proc")
@@ -186,7 +200,7 @@ def test_a_job_that_was_preempted_continues(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "_job", shell(line))
     (record, *_) = records(cluster)
     executor = slurm._executor(slurm.options(["cluster=local"]))
-    job = executor.submit(slurm._job(record, {}, False, None))
+    job = executor.submit(slurm._job(record, {}, None))
     deadline = time.monotonic() + 60
     while not (cluster / "begun").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

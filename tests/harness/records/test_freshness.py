@@ -223,7 +223,7 @@ def test_the_package_on_disk_reads_and_a_run_reaches_the_method():
         "surgery.apply.apply",
         "train.loop.fit",
     } <= reached.keys()
-    assert not [name for name in reached if name.partition(".")[0] in ("verdicts", "report", "store", "cli", "plugin")]
+    assert not [name for name in reached if name.partition(".")[0] in ("verdicts", "report", "make", "cli", "plugin")]
 
 
 def test_the_age_of_the_committed_evidence_is_told():

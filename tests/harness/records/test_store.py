@@ -1,23 +1,16 @@
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 from fakes import edited, fake_run, without, write_spec
 
 from hap import HapError
+from hap.harness.make import Job, ensure
 from hap.harness.processes.files import atomic_write
 from hap.harness.records import store
 from hap.harness.spec.spec import load_spec
-from hap.harness.train.loop import Event
 
 
 @pytest.fixture
@@ -30,9 +23,8 @@ def runs(monkeypatch):
     """Counts the runs that a fake procedure makes."""
     made = []
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         made.append((case.name, seed))
-        say(Event("running"))
         return fake_run(case, seed, created=f"made {len(made)}")
 
     monkeypatch.setattr("hap.harness.run.run", run)
@@ -53,20 +45,6 @@ def test_a_record_comes_back_as_it_was_saved(case, tmp_path):
     assert file == store.path(tmp_path / "results", case, 1)
     assert store.load(file) == run
     assert left_in(tmp_path / "results") == ["seed1.json"]
-
-
-def test_ensure_makes_a_record_once(case, tmp_path, runs):
-    said = []
-    first = store.ensure(case, 0, tmp_path, say=said.append)
-    assert store.ensure(case, 0, tmp_path, say=said.append) == first
-    assert (runs, said) == ([("hap", 0)], ["running"])
-    assert left_in(tmp_path / "table") == ["seed0.json"]
-
-
-def test_again_repeats(case, tmp_path, runs):
-    assert store.ensure(case, 0, tmp_path).created == "made 1"
-    assert store.ensure(case, 0, tmp_path, again=True).created == "made 2"
-    assert store.ensure(case, 0, tmp_path).created == "made 2"
 
 
 def test_evidence_is_what_is_there_in_the_order_of_the_seeds(tmp_path):
@@ -127,13 +105,13 @@ def test_a_damaged_or_foreign_record_is_refused_in_one_line(case, tmp_path, runs
     damaged = damage(json.loads(file.read_text()))
     file.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
     with pytest.raises(HapError) as caught:
-        store.ensure(case, 0, tmp_path)
+        ensure(Job(case, 0, tmp_path))
     text = str(caught.value)
     assert text.startswith(f"{file}: damaged record: ")
     assert rule in text
     assert "\n" not in text
     assert runs == []
-    assert store.ensure(case, 0, tmp_path, again=True).created == "made 1"
+    assert ensure(Job(case, 0, tmp_path, again=True)).created == "made 1"
 
 
 def test_a_record_that_cannot_be_read_is_named(tmp_path):
@@ -147,10 +125,10 @@ def no_space(*args, **kwargs):
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_full_disk_loses_nothing(case, tmp_path, runs, monkeypatch, broken):
-    before = store.ensure(case, 0, tmp_path)
+    before = ensure(Job(case, 0, tmp_path))
     monkeypatch.setattr(os, broken, no_space)
     with pytest.raises(HapError) as caught:
-        store.ensure(case, 0, tmp_path, again=True)
+        ensure(Job(case, 0, tmp_path, again=True))
     file = store.path(tmp_path, case, 0)
     assert str(caught.value) == (
         f"{file}: cannot be written (No space left on device); what was there before is untouched"
@@ -175,7 +153,7 @@ def test_a_disk_that_fills_while_the_bytes_are_written_loses_nothing(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_line(case, tmp_path, runs):
     (tmp_path / "table").write_text("a file where a folder should be")
     with pytest.raises(HapError, match=r"cannot be written \("):
-        store.ensure(case, 0, tmp_path)
+        ensure(Job(case, 0, tmp_path))
     assert runs == []
 
 
@@ -187,62 +165,6 @@ def test_an_interrupted_write_leaves_no_temporary_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         atomic_write(tmp_path / "x", b"new")
     assert left_in(tmp_path) == []
-
-
-CHILD = """
-import sys, time, os
-from pathlib import Path
-import hap.harness.run as procedure
-from hap.harness.records import store
-from hap.harness.processes.files import atomic_write
-from hap.harness.spec.spec import load_spec
-from fakes import fake_run
-
-def run(case, seed, *, say, keep):
-    with open("log", "a") as log:
-        log.write(f"{os.getpid()}\\n")
-    time.sleep(1.0)
-    return fake_run(case, seed, created=str(os.getpid()))
-
-procedure.run = run
-if sys.argv[1] == "hang":
-    def hang(descriptor):
-        Path("hanging").touch()
-        time.sleep(60)
-    os.fsync = hang
-print(store.ensure(load_spec(Path("reproductions/table.toml")).cases["hap"], 0, Path("results")).created)
-"""
-
-
-def start(folder, how="normal"):
-    places = [str(Path(__file__).parents[1]), str(Path(__file__).parents[3])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen([sys.executable, "-c", CHILD, how], cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
-
-
-def test_two_processes_make_one_record(case, tmp_path):
-    both = [start(tmp_path), start(tmp_path)]
-    told = [process.communicate(timeout=60)[0].strip() for process in both]
-    ran = (tmp_path / "log").read_text().split()
-    assert [process.returncode for process in both] == [0, 0]
-    assert len(ran) == 1
-    assert told == ran * 2
-    assert left_in(tmp_path / "results") == ["seed0.json"]
-
-
-def test_a_process_killed_while_it_writes_harms_nothing(case, tmp_path, runs):
-    process = start(tmp_path, "hang")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "hanging").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    file = store.path(tmp_path / "results", case, 0)
-    assert len(left_in(file.parent)) == 2  # a lock that nobody holds and a part of a record
-    assert not file.exists()
-    assert store.ensure(case, 0, tmp_path / "results").created == "made 1"
-    assert left_in(file.parent) == ["seed0.json"]
 
 
 def test_a_saved_record_is_json_a_person_can_read(case, tmp_path):
