@@ -9,14 +9,15 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from hap.cost import latency, macs, params
 from hap.harness.batchnorm import recalibrate
 from hap.harness.processes import ranks
 from hap.harness.records.freshness import decides, entrances
+from hap.harness.records.outcomes import Said, packed
 from hap.harness.records.provenance import code, environment
 from hap.harness.returned import accepted, agree, runs
 from hap.harness.scoring import Scoring, remembered
@@ -70,8 +71,8 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
             if case.finetune:
                 curve = fit(pruned, task, case.finetune, rng=rng, say=clock.during, keep=keep)
         with clock("evaluate"):
-            whole = remembered(case, seed, "accuracy", lambda: task.evaluate(task.model, "test"))
-            metrics, epochs = examine(task, whole, pruned, before, curve)
+            whole = remembered(case, seed, "accuracy", lambda: tested(task, task.model))
+            metrics, epochs, outcomes = examine(task, whole, pruned, before, curve)
             dense = remembered(case, seed, "cost", lambda: _cost(task.model, task))
             cost = {"dense": dense, "pruned": _cost(pruned, task)}
             metrics |= {"ranking": score.ranking} if score.ranking else {}
@@ -95,6 +96,7 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
         data=asdict(task.data) | ({"test_samples": task.test_samples} if task.test_samples else {}),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=[*task.notes, *score.warnings, *curve.notes],
+        outcomes=outcomes,
     )
 
 
@@ -118,20 +120,45 @@ def one_shot(score: Callable[..., Any], implant: Any = None, clock: "Clock | Non
     return method
 
 
+class Tested(NamedTuple):
+    """What a network reached on the test set, and what it said of each sample, where the task tells."""
+
+    metrics: dict[str, float]
+    said: Said | None
+
+
+def tested(task: Task, model: nn.Module) -> Tested:
+    """A network on the test set."""
+    said: list[Said] = []
+
+    def seen(classes: Tensor, labels: Tensor) -> None:
+        said.append(Said(classes.cpu().numpy(), labels.cpu().numpy()))
+
+    offered = {"seen": seen} if "seen" in inspect.signature(task.evaluate).parameters else {}
+    metrics = task.evaluate(model, "test", **offered)
+    return Tested(metrics, said[0] if said else None)
+
+
 def examine(
-    task: Task, dense: dict[str, float], pruned: nn.Module, before: State, curve: Curve
-) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+    task: Task, dense: Tested, pruned: nn.Module, before: State, curve: Curve
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]], dict[str, Any]]:
     """The stages and the epochs on the test set, which is looked at after all is decided, and nowhere else by us.
+
+    Metrics by stage, a row an epoch, and which samples were right at three of the stages.
 
     A faithful task may have selected its dense model on it, as published (`keep = "best_test"`), and says so.
     """
-    one, *tested = [task.evaluate(_restored(pruned, state), "test") for state in (before, *curve.states())]
-    metrics = {"dense": dense, "one_shot": one, "selected": one, "last": one, "best_test_epoch": one}
-    if tested:
+    one, *found = [tested(task, _restored(pruned, state)) for state in (before, *curve.states())]
+    stages = {"dense": dense, "one_shot": one, "selected": found[curve.selected] if found else one}
+    metrics = {stage: each.metrics for stage, each in stages.items()}
+    metrics |= dict.fromkeys(("last", "best_test_epoch"), one.metrics)
+    if found:
         # upstream: reports the epoch that is best on the test set; recorded as what it is, and never selected by
-        best = max(tested, key=lambda found: (found[task.metric], -found["loss"]))
-        metrics |= {"selected": tested[curve.selected], "last": tested[-1], "best_test_epoch": best}
-    return metrics, [{**row, "test": test} for row, test in zip(curve.epochs, tested, strict=True)]
+        best = max((each.metrics for each in found), key=lambda each: (each[task.metric], -each["loss"]))
+        metrics |= {"last": found[-1].metrics, "best_test_epoch": best}
+    rows = [{**row, "test": each.metrics} for row, each in zip(curve.epochs, found, strict=True)]
+    said = {stage: each.said for stage, each in stages.items() if each.said is not None}
+    return metrics, rows, packed(said, binary="f1" in dense.metrics) if len(said) == len(stages) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +181,7 @@ class Run:
     data: dict[str, Any]
     created: str  # UTC
     warnings: list[str] = field(default_factory=list)
+    outcomes: dict[str, Any] = field(default_factory=dict)  # which test samples were right, as `records.outcomes` packs
 
 
 @dataclass(frozen=True)

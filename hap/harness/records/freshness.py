@@ -41,6 +41,7 @@ SILENT = {
     f"hap.harness.{name}"
     for name in (
         "spec.functions train.checkpoints processes.events processes.files records.freshness records.provenance "
+        "records.outcomes "
         "tasks.cache "
         "binding checkpoints events files freshness provenance"  # where they lay until version 0.1, for older commits
     ).split()

@@ -8,7 +8,7 @@ pickled.
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +25,7 @@ from hap import HapError
 from hap.harness.models.architecture import describe, fill, rebuild, tensors
 from hap.harness.processes import ranks
 from hap.harness.processes.files import atomic_write, atomic_writes, cache, is_locked, locked
+from hap.harness.records import outcomes
 from hap.harness.records.parts import Parts
 from hap.harness.run import Run
 from hap.harness.spec.functions import mistake, wrong
@@ -47,6 +48,7 @@ def load(file: Path) -> Run:
     try:
         run = _read(file.read_bytes())
         _belongs(run, file)
+        run = replace(run, outcomes=outcomes.attached(run.outcomes, file.resolve().parents[1]))
     except OSError as error:
         raise HapError(f"{file}: a record must be readable (found {error.strerror})") from None
     except HapError as error:
@@ -57,7 +59,8 @@ def load(file: Path) -> Run:
 def save(run: Run, results: Path) -> Path:
     """Writes a record whole or not at all, and returns where."""
     file = results / run.spec / f"{run.case}-{run.key}" / f"seed{run.seed}.json"
-    atomic_write(file, (json.dumps(asdict(run), indent=1) + "\n").encode())
+    table = asdict(run) | {"outcomes": outcomes.detached(run.outcomes, file.parents[1])}
+    atomic_write(file, (json.dumps(table, indent=1) + "\n").encode())
     return file
 
 
