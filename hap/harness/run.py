@@ -71,7 +71,7 @@ def run(case: Case, seed: int, *, say: Say = silent, keep: Path | None = None) -
             if case.finetune:
                 curve = fit(pruned, task, case.finetune, rng=rng, say=clock.during, keep=keep)
         with clock("evaluate"):
-            whole = remembered(case, seed, "accuracy", lambda: tested(task, task.model))
+            whole = remembered(case, seed, "accuracy", lambda: on_test(task, task.model))
             metrics, epochs, outcomes = examine(task, whole, pruned, before, curve)
             dense = remembered(case, seed, "cost", lambda: _cost(task.model, task))
             cost = {"dense": dense, "pruned": _cost(pruned, task)}
@@ -127,7 +127,7 @@ class Tested(NamedTuple):
     said: Said | None
 
 
-def tested(task: Task, model: nn.Module) -> Tested:
+def on_test(task: Task, model: nn.Module) -> Tested:
     """A network on the test set."""
     said: list[Said] = []
 
@@ -148,7 +148,7 @@ def examine(
 
     A faithful task may have selected its dense model on it, as published (`keep = "best_test"`), and says so.
     """
-    one, *found = [tested(task, _restored(pruned, state)) for state in (before, *curve.states())]
+    one, *found = [on_test(task, _restored(pruned, state)) for state in (before, *curve.states())]
     stages = {"dense": dense, "one_shot": one, "selected": found[curve.selected] if found else one}
     metrics = {stage: each.metrics for stage, each in stages.items()}
     metrics |= dict.fromkeys(("last", "best_test_epoch"), one.metrics)

@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from hap import HapError
 from hap.harness.records import outcomes, store
 from hap.harness.records.outcomes import Said, attached, detached, differing, packed, right, said, shares
+from hap.harness.run import on_test
 from hap.harness.run import run as run_case
-from hap.harness.run import tested
 from hap.harness.spec.spec import load_spec
 
 
@@ -150,5 +149,6 @@ def test_a_run_says_which_samples_were_right_and_its_numbers_follow(tmp_path):
 
 
 def test_a_task_that_does_not_tell_has_no_bits():
-    told = tested(SimpleNamespace(evaluate=lambda model, split: {"accuracy": 50.0, "loss": 0.1}), None)
+    task = replace(tiny.task(0), evaluate=lambda model, split: {"accuracy": 50.0, "loss": 0.1})
+    told = on_test(task, task.model)
     assert (told.metrics["accuracy"], told.said) == (50.0, None)
