@@ -33,6 +33,9 @@ metric = "accuracy"
 stage = "one_shot"
 op = ">="
 value = 50
+over = "seeds"
+family = "sizes"
+effect = 5
 """
 
 

@@ -8,9 +8,9 @@ that the paper makes are a family of their own, "paper", tested before all other
 idea or check that a spec adds makes them harder to decide. Nor do they shut out the others, whose families have an
 error each: a spec of k families errs anywhere in at most k times that. The bounds told are those of the claim alone.
 
-A claim over "seeds" is about its test set, as a number of a paper's table is: its bounds are those of the seeds. One over
-"seeds and images" is about new images too: its bounds are those of both, where the records say which samples were right;
-where they do not, the error of the test set is bounded from counts, and the verdict says so.
+A claim over "seeds" is about its test set, as a number of a paper's table is: its bounds are those of the seeds. One
+over "seeds and images" is about new images too: its bounds are those of both, where the records say which samples were
+right; where they do not, the error of the test set is bounded from counts, and the verdict says so.
 
 Where a spec has several looks, each spends a part of the error, so that all together err as often as one. A claim that
 is decided is closed: seeds that another claim asked for do not open it again. What is open is looked at again when all
@@ -226,7 +226,9 @@ def _held(found: Sequence[Measured | Verdict], before: Sequence[Verdict | None],
     corrected: dict[int, Held] = {}
     families: dict[str, list[int]] = {}
     for place, each in enumerate(found):
-        if each.claim.against is not None and (each.compared if isinstance(each, Measured) else before[place]):
+        earlier = before[place]
+        seen = each.compared if isinstance(each, Measured) else earlier is not None and earlier.look > 0
+        if each.claim.against is not None and seen:
             families.setdefault(each.claim.family, []).append(place)
     for places in families.values():
         corrected |= _corrected(places, found, look)
@@ -243,7 +245,7 @@ def _corrected(places: Sequence[int], found: Sequence[Measured | Verdict], look:
     """
     levels: dict[Decision, dict[int, tuple[float, float]]] = {}
     for decision, decided in ((holds, Outcome.HOLDS), (fails, Outcome.FAILS)):
-        here = [i for i in places if isinstance(found[i], Measured) or found[i].says is not decided]
+        here = [i for i in places if not (isinstance(each := found[i], Verdict) and each.says is decided)]
         p_values = [each.p_value(decision) if isinstance(each := found[i], Measured) else 1.0 for i in here]
         stated = [look.confidence(found[i].claim) for i in here]
         levels[decision] = dict(zip(here, zip(holm(p_values), confidences(p_values, stated), strict=True), strict=True))
@@ -297,7 +299,8 @@ def _decided(found: Measured, held: Held | None, look: Look) -> Verdict:
     lost = f"alone it {alone}, among {held.family} comparisons it does not (Holm)"
     seeds, why = _more(found, held.inside, held.outside)
     first = "the interval crosses the bound" if alone is says else lost
-    return replace(verdict, reason=f"{first}; {why}", further=seeds)
+    more = "; --until-decided adds the seeds of the next look" if look.number + 1 < len(look.looks) else ""
+    return replace(verdict, reason=f"{first}; {why}{more}", further=seeds)
 
 
 def _says(found: Measured, inside: Interval, outside: Interval) -> Outcome:

@@ -5,7 +5,7 @@ import pytest
 from fakes import LARGE, fake_run, with_accuracy, write_spec
 
 from hap.harness.records.freshness import FRESH, Age
-from hap.harness.spec.spec import Claim, load_spec
+from hap.harness.spec.spec import IMAGELESS, Claim, load_spec
 from hap.harness.verdicts.judge import Outcome, describe, judge, verdicts
 from hap.harness.verdicts.measures import value
 from hap.harness.verdicts.statistics import deviation
@@ -31,8 +31,9 @@ def spread(case):
 
 
 def claim(**changes):
-    given = {"text": "t", "source": "s", "case": "hap", "metric": "accuracy", "op": ">=", "value": 94.0}
-    return Claim(**{**given, **changes})
+    given = {"text": "t", "source": "s", "case": "hap", "metric": "accuracy", "op": ">=", "value": 94.0, "family": "f"}
+    over = "seeds" if changes.get("metric") in IMAGELESS else "seeds and images"
+    return Claim(**{**given, "over": over, **changes})
 
 
 # accuracies 93, 94, 95 have the bounds 92.314 and 95.686
