@@ -16,6 +16,7 @@ add) and their variance. Seeds are resampled in closed form: of S values the boo
 (S - 1) / S times theirs over S, and what is missing is put back, as three seeds have no more than ten resamples.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -66,8 +67,7 @@ def resampled(metric: str, labels: Bool[np.ndarray, "images"], said: Truths, oth
     `labels`: of each sample, whether it is of class 1; `said`: what the network of each seed said of it.
     """
     count, size = said.shape
-    rng = np.random.default_rng(0)  # the same records have the same bounds
-    weights = rng.multinomial(size, np.full(size, 1 / size), DRAWS).astype(float)
+    weights = _drawn(size)
     found = shares(metric, labels, said)
     drawn = shares(metric, labels, said, weights)
     if other is not None:
@@ -76,3 +76,10 @@ def resampled(metric: str, labels: Bool[np.ndarray, "images"], said: Truths, oth
     own = float(np.trace(covariance) / count)
     shared = float((covariance.sum() - np.trace(covariance)) / (count * (count - 1)))
     return Parts(float(found.var(ddof=1)), max(0.0, shared), max(0.0, own - shared), size)
+
+
+@lru_cache(maxsize=8)  # many claims are about one test set
+def _drawn(size: int) -> Float[np.ndarray, "draws images"]:
+    """How often each sample is in each of the test sets that are drawn again."""
+    rng = np.random.default_rng(0)  # the same records have the same bounds
+    return rng.multinomial(size, np.full(size, 1 / size), DRAWS).astype(float)

@@ -212,12 +212,13 @@ def _further(
     judged: list[Verdict], runs: Runs, seeds: Sequence[int], looks: Sequence[int], number: int
 ) -> list[Verdict]:
     """The verdicts after another look: claims that are decided stay so, and without all its seeds one stays open."""
-    open_ = [each.says is Outcome.UNDECIDED for each in judged]
     found: list[Measured | Verdict] = list(judged)
-    for place, verdict in enumerate(judged):
-        looked = _looked(verdict.claim, runs, seeds) if open_[place] else verdict
-        if not isinstance(looked, Verdict) or looked.says is not Outcome.ABSENT:
-            found[place] = looked if isinstance(looked, Measured) else replace(looked, look=number + 1)
+    for place in (i for i, each in enumerate(judged) if each.says is Outcome.UNDECIDED):
+        looked = _looked(judged[place].claim, runs, seeds)
+        if isinstance(looked, Measured):
+            found[place] = looked
+        elif looked.says is Outcome.UNDECIDED:
+            found[place] = replace(looked, look=number + 1)
     return _held(found, judged, Look(number, tuple(looks)))
 
 
