@@ -44,7 +44,7 @@ HARNESS = (
     "tasks.imagenet tasks.imagenet_resnet50 tasks.imagenet_squeezenet tasks.glue tasks.text tasks.encoder "
     "tasks.digits_bert tasks.glue_minilm tasks.glue_bert tasks.glue_roberta spec.cases spec.spec scoring returned "
     "run models.layers models.architecture models.huggingface records.parts records.store verdicts.crossed "
-    "verdicts.statistics verdicts.measures verdicts.judge verdicts.power plugin report.markup report.plans "
+    "verdicts.statistics verdicts.measures verdicts.judge verdicts.looks verdicts.families verdicts.power plugin report.markup report.plans "
     "report.tables report.verdicts_md report.plots report.page report.write cli.rehearsal cli.pipeline cli.doctor "
     "processes.progress processes.fanout cli.making cli.bill cli.pricing cli.estimate cli.terminal "
     "nightly.changepoint nightly.history nightly.regressions nightly.speed nightly.measure compare.differences "
