@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hap import HapError
-from hap.harness.cli.terminal import Names, Results, near, out, paths, results_of, say
+from hap.harness.cli.terminal import Context, Names, Results, executing, near, out, paths, results_of, say
 
 if TYPE_CHECKING:
     from hap.harness.compare.rivals import Rival
     from hap.harness.nightly.measure import Made
     from hap.harness.nightly.regressions import Watched
+    from hap.harness.processes.workers import Executor
     from hap.harness.spec.spec import Spec
 
 
 def nightly(
+    context: Context,
     specs: Names = None,
     tier: Annotated[str | None, typer.Option(help="Only specs of this tier: quick, cpu or gpu.")] = None,
     history: Annotated[Path | None, typer.Option(help="The history (default: .hap/history.jsonl).")] = None,
@@ -55,8 +57,9 @@ def nightly(
         nights = past.nights(past.load(file))  # the one waited for may have added to it
         if given in nights:
             raise HapError(f"--night {given}: must be new, found it in {file}; --no-run judges the last night again")
-        name = measuring.begin(nights, chosen, made, given)
-        _measure(name, chosen, made, speed)
+        name = measuring.begin(nights, chosen.values(), made, given)
+        with executing(context) as executor:
+            _measure(name, chosen, made, speed, executor)
         past.append(file, made.rows)
         measuring.forget(name)
     say(f"{len(made.rows)} numbers of night {name} are in {near(file)}")
@@ -64,6 +67,7 @@ def nightly(
 
 
 def compare(
+    context: Context,
     function: Annotated[str | None, typer.Argument(metavar="PACKAGE.MODULE:FUNCTION", help="Your function.")] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="[K=V]...", help="More of --options.")] = None,
     spec: Annotated[str | None, typer.Option(help="The spec whose committed evidence it is held against.")] = None,
@@ -83,7 +87,8 @@ def compare(
     from hap.harness.compare import rivals as comparing
 
     if known:
-        return _known(results)
+        _known(results)
+        return
     if function is None or spec is None:
         raise HapError("compare: a function and --spec are needed; --list names the specs")
     if role not in comparing.ROLES:
@@ -91,7 +96,8 @@ def compare(
     if len(chosen := paths([spec])) > 1:
         raise HapError(f"--spec {spec}: must be one spec, found {len(chosen)}")
     rival = comparing.rival(function, _options([*(options or []), *(more or [])]), role)
-    return _compare(chosen[0], rival, against, rerun, record, results_of(chosen[0], results))
+    with executing(context) as executor:
+        _compare(chosen[0], rival, against, rerun, record, results_of(chosen[0], results), executor)
 
 
 def _options(given: list[str]) -> dict[str, Any]:
@@ -107,7 +113,15 @@ def _options(given: list[str]) -> dict[str, Any]:
     return found
 
 
-def _compare(path: Path, rival: "Rival", against: str | None, rerun: bool, record: bool, results: Path) -> None:
+def _compare(
+    path: Path,
+    rival: "Rival",
+    against: str | None,
+    rerun: bool,
+    record: bool,
+    results: Path,
+    executor: "Executor",
+) -> None:
     from hap.harness.compare import conclusions as comparison
     from hap.harness.compare import rivals as comparing
     from hap.harness.compare.differences import Pairs, differences
@@ -123,8 +137,8 @@ def _compare(path: Path, rival: "Rival", against: str | None, rerun: bool, recor
     with progress("compare", runs, out) as step:
         for case in cases:
             seeds = [run.seed for run in evidence[case.name]]
-            mine = [comparing.ran(rival, case, seed, step) for seed in seeds]
-            theirs = [comparing.reran(case, seed, step) for seed in seeds] if rerun else evidence[case.name]
+            mine = [comparing.ran(rival, case, seed, executor, step) for seed in seeds]
+            theirs = [comparing.reran(case, seed, executor, step) for seed in seeds] if rerun else evidence[case.name]
             pairs.append(Pairs(case, mine, theirs, comparing.others(spec, case, set(seeds), results)))
     found = differences(spec, pairs)
     text = comparison.told(spec, rival.ref.use, pairs, found)
@@ -147,25 +161,25 @@ def _known(results: Path | None) -> None:
             say(f"{path.stem}: cannot be compared with: {error}")
 
 
-def _specs(names: list[str] | None, tier: str | None) -> "list[Spec]":
+def _specs(names: list[str] | None, tier: str | None) -> "dict[Path, Spec]":
     from hap.harness.spec.spec import load_spec
 
-    found = [load_spec(path) for path in paths(names or ["all"])]
-    chosen = [spec for spec in found if tier in (None, spec.tier)]
+    found = {path: load_spec(path) for path in paths(names or ["all"])}
+    chosen = {path: spec for path, spec in found.items() if tier in (None, spec.tier)}
     if not chosen:
         raise HapError(f"--tier {tier}: no spec is of this tier")
     return chosen
 
 
-def _measure(name: str, specs: "list[Spec]", made: "Made", speed: bool) -> None:
+def _measure(name: str, specs: "dict[Path, Spec]", made: "Made", speed: bool, executor: "Executor") -> None:
     from hap.harness.cli.terminal import FOLDER
     from hap.harness.nightly import measure as measuring
     from hap.harness.processes.progress import progress
 
     chosen = measuring.runnable(specs, made.notes)
     root = FOLDER.absolute().parent if speed else None
-    with progress(f"night {name}", measuring.parts(chosen, speed), out) as step:
-        measuring.measure(name, chosen, root, made, step)
+    with progress(f"night {name}", measuring.parts(chosen.values(), speed), out) as step:
+        measuring.measure(name, chosen, root, made, executor, step)
     if not made.rows and not made.broken:
         raise HapError(f"night {name}: nothing could be measured: {'; '.join(made.notes)}")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
 from hap.harness.compare.differences import ALPHA, Difference, Pairs
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import Case, Spec
 from hap.harness.verdicts.statistics import FEWEST
 
@@ -159,7 +159,7 @@ def _pruned(run: Run, part: str) -> float:
 
 
 def _seconds(run: Run) -> float:
-    return run.seconds.get("score", run.seconds["prune"])
+    return run.seconds["score" if "score" in run.seconds else "prune"]
 
 
 def _latency(run: Run) -> float:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from hap.harness.returned import short
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import Case, Claim, Spec
+from hap.harness.supplied import short
 from hap.harness.verdicts.measures import measured
 from hap.harness.verdicts.statistics import Interval, deviation, holm, p_value
 
@@ -83,8 +83,8 @@ def _difference(metric: str, pairs: Pairs, stage: str, bounds: Interval | None, 
 def _compared(metric: str, pairs: Pairs, stage: str) -> tuple[Interval | None, float]:
     """The two-sided interval of the paired differences, and the p at which it decides."""
     what: dict[str, Any] = {"metric": metric, "stage": stage, "op": ">=", "value": 0.0, "over": "seeds and images"}
-    told = {"text": "a comparison", "source": "two methods", "family": "comparisons"}
-    claim = Claim(case="mine", against="theirs", **told, **what)
+    what |= {"text": "a comparison", "source": "two methods", "family": "comparisons"}
+    claim = Claim(case="mine", against="theirs", **what)
     seeds = [run.seed for run in pairs.mine]
     found = measured(claim, {"mine": pairs.mine, "theirs": pairs.theirs}, seeds)
     if len(seeds) < 2 or deviation(found.values) == 0:

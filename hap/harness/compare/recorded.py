@@ -20,7 +20,7 @@ from hap.harness.compare.differences import Difference, Pairs, values
 from hap.harness.compare.rivals import ROLES, SCHEMA, Rival
 from hap.harness.records import checks as integrity
 from hap.harness.records.checks import BROKEN, NEAR
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.functions import Ref
 from hap.harness.spec.spec import Spec
 from hap.harness.verdicts.statistics import Interval

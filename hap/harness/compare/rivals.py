@@ -7,28 +7,31 @@ decide them; committed evidence is only read. Does not know what the runs say.
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from re import sub
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
 from hap import HapError
-from hap.harness.cli.doctor import ready
 from hap.harness.compare.differences import Difference, Pairs
+from hap.harness.make import Job, attempt, ensure
+from hap.harness.processes import provenance
 from hap.harness.processes.files import atomic_writes, cache
-from hap.harness.records import provenance, store
-from hap.harness.run import Run
-from hap.harness.spec.functions import Ref, mistake, resolve
+from hap.harness.processes.progress import Say, Step
+from hap.harness.processes.workers import Executor, Known
+from hap.harness.records import store
+from hap.harness.records.record import Run
+from hap.harness.spec.functions import Ref, mistake, ready, resolve
 from hap.harness.spec.spec import Case, Spec
 from hap.harness.train.step import memory_ran_out
 
 Role = Literal["score", "method", "implant"]
-Step = Callable[[str], Any]  # a context for each run, as `progress` gives it
 SCHEMA = 1
 ROLES: tuple[Role, ...] = ("score", "method", "implant")
 
@@ -97,17 +100,23 @@ def committed(spec: Spec, cases: Sequence[Case], results: Path, rerun: bool = Fa
     return found
 
 
-def ran(rival: Rival, case: Case, seed: int, step: Step) -> Run:
+def ran(rival: Rival, case: Case, seed: int, executor: Executor, step: Step) -> Run:
     """The run of a rival in the place of a case: the one that is in the cache, else made now."""
     own = rival.inside(case)
     with step(f"{own.name} seed {seed}") as say, blaming(rival):
-        return store.ensure(own, seed, rival.folder, say=say)
+        return attempt(Job(own, seed, rival.folder), executor, say, partial(_blamed, rival))
 
 
-def reran(case: Case, seed: int, step: Step) -> Run:
+def reran(case: Case, seed: int, executor: Executor, step: Step) -> Run:
     """The run of a case of ours, made here, in the cache too."""
+    job = Job(case, seed, cache() / "compare" / provenance.code()["sha256"][:16])
     with step(f"{case.name} seed {seed}") as say:
-        return store.ensure(case, seed, cache() / "compare" / provenance.code()["sha256"][:16], say=say)
+        return attempt(job, executor, say)
+
+
+def _blamed(rival: Rival, job: Job, known: Known, say: Say) -> Run:
+    with blaming(rival):
+        return ensure(job, known, say)
 
 
 def record(

@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from hap.harness.records import outcomes
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import Base, Case
 from hap.harness.tasks import glue
 

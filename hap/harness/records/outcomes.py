@@ -36,10 +36,17 @@ class Said(NamedTuple):
     labels: Int[np.ndarray, "samples"]
 
 
-def packed(stages: Mapping[str, Said], binary: bool) -> dict[str, Any]:
-    """The part of a record: what was right at each stage; `binary`: what was said, and what is true."""
+def packed(said: Mapping[str, Said | None], metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The part of a record, from what was said at each stage; empty where a stage of STAGES is not known.
+
+    What was right at each stage; where its metrics have F1 or Matthews' correlation, what was said, and what is true.
+    """
+    stages = {name: each for name in STAGES if (each := said.get(name)) is not None}
+    if len(stages) < len(STAGES):
+        return {}
+    binary = not METRICS.keys().isdisjoint(metrics["dense"])
     kept = {name: _pack(each.classes == 1 if binary else each.classes == each.labels) for name, each in stages.items()}
-    first = next(iter(stages.values()))
+    first = stages["dense"]
     labels = {"labels": _pack(first.labels == 1)} if binary else {}
     return {"samples": len(first.labels), **kept, **labels}
 

@@ -11,14 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, StringConstraints, ValidationError
 
 from hap import HapError
 from hap.harness.spec.cases import Case as Case
 from hap.harness.spec.cases import CaseTable, Table, expand
 from hap.harness.spec.functions import Spelled, Strict, join, mistake, wrong
-from hap.harness.task import MissingData
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
@@ -118,6 +116,11 @@ class Spec(Strict):
         """How many of its seeds are there at each look; once all of them where it does not say."""
         return tuple(look for look in self.looks if look <= len(self.seeds)) or (len(self.seeds),)
 
+    @property
+    def first(self) -> tuple[int, ...]:
+        """The seeds of the first look; all where there is one."""
+        return self.seeds[: self.stops[0]]
+
 
 class _File(Strict):
     title: Text
@@ -142,7 +145,13 @@ class _File(Strict):
 
 def require(spec: Spec) -> None:
     """MissingData where a spec needs a GPU and there is none; HAP_DEVICE overrules, for those who have the days."""
-    if spec.tier == "gpu" and not os.environ.get("HAP_DEVICE") and not torch.cuda.is_available():
+    if spec.tier != "gpu" or os.environ.get("HAP_DEVICE"):
+        return
+    import torch
+
+    from hap.harness.task import MissingData
+
+    if not torch.cuda.is_available():
         raise MissingData(
             f"{spec.name}: a GPU expected ({spec.needs or 'its tier is gpu'}), found none; --smoke rehearses it on a "
             "CPU, and HAP_DEVICE=cpu runs it there all the same"
@@ -154,10 +163,14 @@ def find_specs(root: Path) -> list[Path]:
     return sorted(root.glob("*.toml"))
 
 
-def load_spec(path: Path) -> Spec:
-    """A spec read, inherited, expanded and bound; HapError names the file and the path of the first mistake."""
+def load_spec(path: Path, bind: bool = True) -> Spec:
+    """A spec read, inherited, expanded and bound; HapError names the file and the path of the first mistake.
+
+    `bind=False` imports none of the functions that it names, nor torch for them, and so does not see that one is
+    missing or takes other options: enough for whoever reads records and runs nothing.
+    """
     try:
-        return _spec(path.stem, _file(_toml(path)))
+        return _spec(path.stem, _file(_toml(path)), bind)
     except HapError as error:
         raise HapError(" ".join(f"{path}: {error}".split())) from None
     except (RecursionError, OverflowError) as error:
@@ -205,13 +218,13 @@ def _looks(given: dict[str, Any]) -> list[int]:
     return looks
 
 
-def _spec(name: str, file: _File) -> Spec:
+def _spec(name: str, file: _File, bind: bool) -> Spec:
     if len(set(file.seeds)) < len(file.seeds):
         raise wrong("seeds", "must not repeat", list(file.seeds))
     shared = {field: (field, getattr(file, field)) for field in ("task", "reference", "finetune")}
     cases: dict[str, Case] = {}
     for raw in file.cases:
-        for case in expand(name, raw, file.cases, shared):
+        for case in expand(name, raw, file.cases, shared, bind):
             if case.name in cases:
                 raise wrong(f"cases.{raw}.budget", "must not give one case twice", case.name)
             cases[case.name] = case

@@ -6,6 +6,7 @@ families were declared, all comparisons of a spec were one, which is another gro
 commit of a record, or the spec at it, nothing is known.
 """
 
+import re
 import subprocess
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import Claim, Spec
 
 Same = tuple[Any, ...]  # what a claim compares, and how
@@ -61,6 +62,8 @@ def _same(claim: Claim | Mapping[str, Any]) -> Same:
 @lru_cache(maxsize=64)  # many records have the same commit
 def _families(commit: str, path: Path) -> dict[Same, str] | None:
     """The families of the claims of a spec at a commit; None where git does not have it."""
+    if not re.fullmatch("[0-9a-f]{7,64}", commit):  # what a record says is no option of git
+        return None
     command = ["git", "-C", str(path.parent), "show", f"{commit}:./{path.name}"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=60)

@@ -9,11 +9,6 @@ from hap.harness.verdicts.measures import Runs
 Pair = tuple[str, int]  # a case by name, and a seed
 
 
-def first(spec: Spec) -> tuple[int, ...]:
-    """The seeds of the first look, or all where there is one."""
-    return spec.seeds[: spec.stops[0]]
-
-
 def pending(spec: Spec, runs: Runs) -> list[Pair]:
     """The records of the next look of each claim that is open, in the order of the claims; none where none is.
 

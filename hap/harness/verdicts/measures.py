@@ -16,7 +16,7 @@ import numpy as np
 from hap import HapError
 from hap.harness.records import outcomes
 from hap.harness.records.outcomes import METRICS
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import STAGELESS, Claim
 from hap.harness.verdicts.crossed import Parts, resampled
 from hap.harness.verdicts.crossed import parts as crossed

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from hap import HapError
 from hap.harness.records.freshness import FRESH, Age
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import Assumed, Claim, Spec
 from hap.harness.verdicts.crossed import Parts
 from hap.harness.verdicts.measures import Runs, measured, sides

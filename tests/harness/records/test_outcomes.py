@@ -10,9 +10,11 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from hap import HapError
 from hap.harness.records import outcomes, store
 from hap.harness.records.outcomes import Said, attached, detached, differing, packed, right, said, shares
-from hap.harness.run import on_test
+from hap.harness.run import answers as answers_of
 from hap.harness.run import run as run_case
 from hap.harness.spec.spec import load_spec
+
+TWO, TEN = {"dense": {"accuracy": 90.0, "f1": 80.0}}, {"dense": {"accuracy": 90.0}}  # what says how many classes
 
 
 def answers(size, classes=2, share=0.9, seed=0):
@@ -30,7 +32,7 @@ def run(tmp_path):
     answered = answers(1003)
     made = fake_run(case, 0)
     metrics = {stage: {"loss": 0.1, **metrics_of(each)} for stage, each in answered.items()}
-    return replace(made, metrics=made.metrics | metrics, outcomes=packed(answered, binary=True))
+    return replace(made, metrics=made.metrics | metrics, outcomes=packed(answered, TWO))
 
 
 def metrics_of(answer):
@@ -43,7 +45,7 @@ def metrics_of(answer):
 @pytest.mark.parametrize("size", [1, 8, 450, 1003])
 def test_bits_come_back_as_they_were(size):
     answered = answers(size, classes=10)
-    kept = json.loads(json.dumps(packed(answered, binary=False)))
+    kept = json.loads(json.dumps(packed(answered, TEN)))
     for stage, each in answered.items():
         assert (right(kept, stage) == (each.classes == each.labels)).all()
         assert said(kept, stage) is None
@@ -53,7 +55,7 @@ def test_bits_come_back_as_they_were(size):
 
 def test_of_two_classes_what_was_said_comes_back_too():
     answered = answers(333)
-    kept = packed(answered, binary=True)
+    kept = packed(answered, TWO)
     for stage, each in answered.items():
         classes, labels = said(kept, stage)
         assert (classes == each.classes.astype(bool)).all()
@@ -73,9 +75,9 @@ def test_metrics_are_those_of_scikit_learn_also_of_samples_drawn_again():
 
 
 def test_a_record_of_ten_thousand_images_grows_by_less_than_8_kb(tmp_path):
-    kept = packed(answers(10_000, classes=10), binary=False)
+    kept = packed(answers(10_000, classes=10), TEN)
     assert len(json.dumps(detached(kept, tmp_path), indent=1)) < 8000
-    with_predictions = packed(answers(10_000), binary=True)
+    with_predictions = packed(answers(10_000), TWO)
     assert len(json.dumps(detached(with_predictions, tmp_path), indent=1)) < 8000
     (file,) = [each for each in (tmp_path / "bits").iterdir() if each.read_text().strip() == kept["dense"]]
     detached(kept, tmp_path)
@@ -150,5 +152,5 @@ def test_a_run_says_which_samples_were_right_and_its_numbers_follow(tmp_path):
 
 def test_a_task_that_does_not_tell_has_no_bits():
     task = replace(tiny.task(0), evaluate=lambda model, split: {"accuracy": 50.0, "loss": 0.1})
-    told = on_test(task, task.model)
+    told = answers_of(task, task.model)
     assert (told.metrics["accuracy"], told.said) == (50.0, None)

@@ -365,7 +365,7 @@ def answered(run, right, dense=None, labels=None):
     truth = np.ones(len(right), int) if labels is None else np.array(labels)
     wrong = dict.fromkeys(("one_shot", "selected"), right) | {"dense": right if dense is None else dense}
     said = {stage: Said(np.where(each, truth, 1 - truth), truth) for stage, each in wrong.items()}
-    kept = packed(said, binary=labels is not None)
+    kept = packed(said, {"dense": {} if labels is None else {"f1": 0.0}})
     made = replace(run, outcomes=kept)
     for stage, each in wrong.items():
         made = with_accuracy(made, stage, 100 * float(np.mean(each)), 0.1 + run.seed / 10)
