@@ -42,7 +42,7 @@ def list_specs(results: Results = None) -> None:
         try:
             spec = load_spec(path, bind=False)
             made = sum(map(len, store.evidence(spec, results_of(path, results)).values()))
-            counts = f"{len(spec.cases)} cases, {made} of {len(spec.cases) * len(spec.seeds)} runs made"
+            counts = f"{len(spec.cases)} cases, {made} of {len(spec.cases) * len(spec.first)} runs made"
             needs = f"; needs {spec.needs}" if spec.needs else ""
             say(f"{spec.name:20} {spec.tier:6} {counts}: {spec.title}{needs}")
         except HapError as error:
@@ -193,7 +193,7 @@ def lint_results(results: Results = None) -> None:
     from hap.harness.cli.lint import lint
 
     with out.status("reading") as status:
-        found = lint(FOLDER, results_of(FOLDER / "any", results), lambda name: status.update(f"checking {name}"))
+        found = lint(FOLDER, results_of(FOLDER / "any", results), lambda name: status.update(f"checking {name}"), say)
     for finding in found:
         say(finding.line)
     say(f"{len(found)} findings" if found else "nothing is wrong")
@@ -346,7 +346,9 @@ def _summary(spec: "Spec", verdicts: "Sequence[Verdict]", release: bool = False)
 
 
 def _tell(verdict: "Verdict") -> None:
-    out.print(Text.assemble((f"  {verdict.outcome:10}", COLOURS[verdict.outcome]), verdict.claim.text), soft_wrap=True)
+    stands = "stand-in: " if verdict.stand_in else ""
+    told = f"{stands}{verdict.claim.text}"
+    out.print(Text.assemble((f"  {verdict.outcome:10}", COLOURS[verdict.outcome]), told), soft_wrap=True)
     notes = [verdict.measured, *verdict.notes, f"source: {verdict.claim.source}"]
     for note in [*notes, f"known: {verdict.claim.known}" if verdict.claim.known else ""]:
         if note:

@@ -1,19 +1,16 @@
 """Which seeds a command is about, and what claims can be expected to show with how many."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from hap import HapError
-from hap.harness.cli.terminal import Names, Results, out, paths, results_of, say
+from hap.harness.cli.terminal import Names, Results, paths, results_of, say
 
 if TYPE_CHECKING:
     from hap.harness.spec.spec import Spec
     from hap.harness.verdicts.power import Power
 
-HEAD = ("", "claim", "effect", "seeds", "power", "alone", "hours", "seeds for 80 %", "hours", "spread of")
+HEAD = "claim   seeds   power   alone   hours    80 %   hours  what it is about"
 
 
 def seeds_of(text: str | None, spec: "Spec") -> list[int] | None:
@@ -49,36 +46,25 @@ def _power(path: Path, results: Path) -> None:
     spec = load_spec(path, bind=False)
     runs = store.evidence(spec, results)
     found = powers(spec, runs, aged([run for each in runs.values() for run in each]))
-    made = Table(title=f"{spec.title} ({spec.name})", title_justify="left")
-    for name in HEAD:
-        made.add_column(name, justify="left" if name in ("claim", "spread of") else "right")
-    for row in _rows(spec, found):
-        made.add_row(*row)
-    out.print(made)
+    say(f"{spec.title} ({spec.name})")
+    say(HEAD)
+    numbers = {id(claim): number for number, claim in enumerate(spec.claims, start=1)}
+    for each in found:
+        say(_line(numbers[id(each.claim)], each))
     least = sum(each.power >= WANTED for each in found)
     say(
-        f"{least} of {len(spec.claims)} claims have a power of {WANTED:.0%} or more with their seeds; power is in its "
-        "family, by the first step of Holm's procedure, and so the least; hours are those of all its cases"
+        f"{least} of {len(spec.claims)} claims have a power of {WANTED:.0%} or more with their seeds; power is that in "
+        "the family, by the first step of Holm's procedure, and so the least; hours are those of all cases of a claim"
     )
 
 
-def _rows(spec: "Spec", found: "list[Power]") -> Iterator[list[str]]:
+def _line(number: int, found: "Power") -> str:
     from hap.harness.verdicts.judge import describe
 
-    number = {id(claim): str(i) for i, claim in enumerate(spec.claims, start=1)}
-    for each in found:
-        yield [
-            number[id(each.claim)],
-            describe(each.claim),
-            f"{each.claim.effect:g}",
-            str(each.seeds),
-            f"{each.power:.2f}",
-            f"{each.alone:.2f}",
-            _hours(each.hours),
-            "none" if each.enough is None else str(each.enough),
-            _hours(each.enough_hours),
-            each.source,
-        ]
+    cells = [str(found.seeds), f"{found.power:.2f}", f"{found.alone:.2f}", _hours(found.hours)]
+    cells += ["none" if found.enough is None else str(found.enough), _hours(found.enough_hours)]
+    what = f"{describe(found.claim)}, effect {found.claim.effect:g} (spread of {found.source})"
+    return f"{number:5}{''.join(f'{cell:>8}' for cell in cells)}  {what}"
 
 
 def _hours(hours: float | None) -> str:
