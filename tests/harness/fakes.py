@@ -33,6 +33,9 @@ case = "hap"
 metric = "params_pruned"
 op = ">="
 value = 70
+over = "seeds"
+family = "sizes"
+effect = 2
 
 [[claims]]
 text = "hap is no worse than random"
@@ -43,6 +46,9 @@ metric = "accuracy"
 op = ">="
 value = 0
 tolerance = 0.5
+over = "seeds and images"
+family = "sanity"
+effect = 0
 """
 
 
