@@ -36,7 +36,7 @@ CORE = (
 ).split()
 HARNESS = (
     "processes train tasks spec records models verdicts compare report nightly processes.ranks processes.files "
-    "spec.functions records.provenance records.freshness processes.events train.recipe task batchnorm train.ema "
+    "task spec.functions records.provenance records.freshness processes.events train.recipe batchnorm train.ema "
     "train.step train.checkpoints train.curve train.loop upstream tasks.cache tasks.nets tasks.pickles tasks.data "
     "tasks.imagefolder tasks.decoding tasks.imagestream tasks.digits_preresnet tasks.cifar10 "
     "tasks.cifar10_scratch tasks.cifar10_resnet20 tasks.cifar10_resnet32 tasks.cifar10_resnet56 "

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from hap import HapError
-from hap.harness.cli.doctor import ready
 from hap.harness.nightly import speed
 from hap.harness.nightly.history import SPEED, Row
 from hap.harness.processes.files import atomic_write, cache, caching
 from hap.harness.records import provenance, store
 from hap.harness.run import Run
+from hap.harness.spec.functions import ready
 from hap.harness.spec.spec import STAGELESS, Case, Claim, Spec, require
 from hap.harness.task import MissingData
 from hap.harness.train.loop import threads

@@ -5,12 +5,14 @@ import json
 import pkgutil
 import re
 from collections.abc import Callable
+from importlib import import_module
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from hap import HapError
+from hap.harness.task import Data
 
 Built = TypeVar("Built")
 Function = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*$")]
@@ -87,6 +89,14 @@ def resolve(where: str, role: str, ref: Ref) -> None:
     if not callable(function):
         raise wrong(where, "must name a function", ref.use)
     _bind(where, function, ROLES[role], ref.options)
+
+
+def ready(task: Ref, seed: int) -> Data:
+    """The data of a workload, read; a task module may offer `ready(**options)` where its task takes long to make."""
+    quick = getattr(import_module(task.use.partition(":")[0]), "ready", None)
+    data = quick(**task.options) if quick is not None else task.load()(seed, **task.options).data
+    assert isinstance(data, Data)
+    return data
 
 
 def build(where: str, cls: type[Built], table: dict[str, Any]) -> Built:
