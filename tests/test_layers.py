@@ -47,8 +47,8 @@ HARNESS = (
     "verdicts.measures verdicts.judge plugin report.markup report.plans report.tables report.verdicts_md "
     "report.plots report.page report.write cli.rehearsal cli.pipeline cli.doctor processes.progress "
     "processes.fanout cli.making cli.bill cli.pricing cli.estimate cli.terminal nightly.changepoint "
-    "nightly.history nightly.regressions nightly.speed nightly.measure compare.differences compare.conclusions "
-    "compare.rivals records.checks compare.recorded cli.lint cli.commands cli.app cli "
+    "nightly.history nightly.regressions nightly.speed nightly.measure compare.comparison "
+    "compare.conclusions records.checks cli.lint cli.commands cli.compare cli.app cli "
 ).split()
 ORDER = ["hap", *[f"hap.{m}" for m in CORE], "hap.harness", *[f"hap.harness.{m}" for m in HARNESS], "hap.__main__"]
 

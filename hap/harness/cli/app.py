@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from hap import HapError
-from hap.harness.cli import commands
+from hap.harness.cli import commands, compare
 from hap.harness.cli.terminal import FOLDER, Names, Results, near, out, paths, results_of, say, told
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def doctor_machine(results: Results = None) -> None:
 
 
 app.command("nightly")(told(commands.nightly))
-app.command("compare")(told(commands.compare))
+app.command("compare")(told(compare.compare))
 
 
 @contextmanager

@@ -5,8 +5,8 @@ rule selects. Of records beside each other: one dense network and one convention
 accuracy where the spec gives it (`bases`), equal budgets and workloads where a claim compares, no copies. Of each table
 we print: a row for each case, the numbers of its records, its selection rule and its convention. Tables, VERDICTS.md
 and index.html must be what the records give today, byte for byte, and nothing may lie beside the tables; the two pages
-where git has the commits of the records, the latter where it can be drawn, but for its scripts. Comparisons
-(`recorded`) follow from the runs that they hold.
+where git has the commits of the records, the latter where it can be drawn, but for its scripts. The page of a recorded
+comparison must be what its spec and records give.
 
 What it cannot know: whether a record was made as it says. `hap run --again` does.
 """
@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from hap import HapError
-from hap.harness.compare import recorded
+from hap.harness.compare import comparison, conclusions
 from hap.harness.records import checks as integrity
 from hap.harness.records import store
 from hap.harness.records.checks import BROKEN
@@ -30,6 +30,7 @@ from hap.harness.report import verdicts_md as summary
 from hap.harness.report import write as report
 from hap.harness.run import Run
 from hap.harness.spec.spec import Case, Spec, find_specs, load_spec
+from hap.harness.verdicts import judge
 
 Runs = dict[str, list[Run]]
 STATED = {
@@ -70,8 +71,7 @@ def lint(folder: Path, results: Path) -> list[Finding]:
             found += _table(spec, runs, results / "tables" / spec.name)
     whole = [run for runs in every.values() for each in runs.values() for run in each]
     found += [Finding(_file(run, results), rule, told) for run, rule, told in integrity.networks(whole)]
-    named = {spec.name: spec for spec in read.values()}
-    found += [Finding(*wrong) for wrong in recorded.comparisons(results, named)]
+    found += _comparisons(results)
     return found + list(_printed(folder, list(read.values()), every, results))
 
 
@@ -196,6 +196,48 @@ def _printed(folder: Path, specs: list[Spec], runs: Mapping[str, Runs], results:
             yield Finding(file, "a table must be of a spec", file.stem)
         elif file not in wanted:
             yield Finding(file, "a table must be one that `hap report` writes", file.name)
+
+
+def _comparisons(results: Path) -> Findings:
+    """What is wrong with the folders of results/compare; one that is damaged hides no other."""
+    for folder in sorted((results / "compare").glob("*")):
+        specs = find_specs(folder)
+        if len(specs) != 1:
+            yield Finding(folder, "a comparison must be a folder with one spec", f"{len(specs)} specs")
+            continue
+        try:
+            yield from _comparison(specs[0], folder)
+        except (HapError, *BROKEN, OSError) as error:
+            yield Finding(specs[0], "a comparison must be whole", f"{type(error).__name__}: {error}")
+
+
+def _comparison(path: Path, folder: Path) -> Findings:
+    """What is wrong with the spec, the records and the page of one comparison."""
+    spec, page, runs = load_spec(path, bind=False), folder / comparison.PAGE, Runs()  # a stranger's package may be gone
+    pairs = comparison.pairs(spec)
+    if folder.name != (name := comparison.name(spec)):
+        yield Finding(folder, f"its name must be {name}", folder.name)
+    if spec.claims != comparison.claims(pairs, spec.metric, spec.claims[0].source):
+        yield Finding(path, "its claims must be those that `hap compare` writes", "others")
+    for pair in pairs:
+        yield from (Finding(path, *each) for each in integrity.compared(*pair, {case.name: () for case in pair}))
+    # sizes may differ by more than a claim of ours allows, which the page says
+    damaged = list(_records(path, spec.model_copy(update={"claims": ()}), folder, runs))
+    yield from damaged
+    files = {case.name: {store.path(folder, case, seed) for seed in spec.seeds} for case in spec.cases.values()}
+    needed = {path, page}.union(*(files[case.name] for pair in pairs for case in pair))
+    there = {file for file in folder.rglob("*") if not file.is_dir()}
+    yield from (Finding(file, "a file of a comparison must be there", "none") for file in sorted(needed - there))
+    for file in sorted(there - needed.union(*files.values())):
+        yield Finding(
+            file, "a file of a comparison must be its spec, its page, or a record of a case as it is", file.name
+        )
+    if not damaged and needed <= there:
+        wanted = conclusions.page(spec, runs, judge.verdicts(spec.claims, runs, spec.seeds)).split("\n\n")
+        found = [part for part in page.read_text("utf-8").split("\n\n") if not part.startswith(conclusions.AGE)]
+        for new, old in zip_longest(wanted, found, fillvalue=""):
+            if new != old:
+                yield Finding(page, "it must be what its records give", f"{old[:120]!r}")
 
 
 def _beside(results: Path) -> list[Path]:

@@ -76,8 +76,11 @@ class CaseTable(Strict):
     recalibrate: bool = False
 
 
-def expand(spec: str, name: str, tables: Mapping[str, CaseTable], shared: Given) -> Iterator[Case]:
-    """The cases that the table `name` stands for, one a budget; `shared` is what it has where it says nothing."""
+def expand(spec: str, name: str, tables: Mapping[str, CaseTable], shared: Given, bind: bool = True) -> Iterator[Case]:
+    """The cases that the table `name` stands for, one a budget; `shared` is what it has where it says nothing.
+
+    `bind`: the functions that it names are imported, and their options checked.
+    """
     where = f"cases.{name}"
     given = {**shared, **_inherit(name, tables)}
     parts: dict[str, Any] = {field: value for field, (_, value) in given.items() if value is not None}
@@ -86,7 +89,7 @@ def expand(spec: str, name: str, tables: Mapping[str, CaseTable], shared: Given)
             raise wrong(f"{where}.{needed}", "is required")
     if len(parts.keys() & {"score", "method"}) != 1:
         raise wrong(where, "must give exactly one of score and method", sorted(parts.keys() & {"score", "method"}))
-    for role in parts.keys() & ROLES.keys():
+    for role in parts.keys() & ROLES.keys() if bind else ():
         resolve(given[role][0], role, parts[role])
     if "finetune" in parts:
         parts["finetune"] = build(given["finetune"][0], Recipe, parts["finetune"])

@@ -115,10 +115,13 @@ def find_specs(root: Path) -> list[Path]:
     return sorted(root.glob("*.toml"))
 
 
-def load_spec(path: Path) -> Spec:
-    """A spec read, inherited, expanded and bound; HapError names the file and the path of the first mistake."""
+def load_spec(path: Path, bind: bool = True) -> Spec:
+    """A spec read, inherited and expanded; HapError names the file and the path of the first mistake.
+
+    `bind`: its functions must be there and take their options, which a check of records alone does not need.
+    """
     try:
-        return _spec(path.stem, _file(_toml(path)))
+        return _spec(path.stem, _file(_toml(path)), bind)
     except HapError as error:
         raise HapError(" ".join(f"{path}: {error}".split())) from None
     except (RecursionError, OverflowError) as error:
@@ -152,13 +155,13 @@ def _file(table: dict[str, Any]) -> _File:
         raise mistake("", error) from None
 
 
-def _spec(name: str, file: _File) -> Spec:
+def _spec(name: str, file: _File, bind: bool) -> Spec:
     if len(set(file.seeds)) < len(file.seeds):
         raise wrong("seeds", "must not repeat", list(file.seeds))
     shared = {field: (field, getattr(file, field)) for field in ("task", "reference", "finetune")}
     cases: dict[str, Case] = {}
     for raw in file.cases:
-        for case in expand(name, raw, file.cases, shared):
+        for case in expand(name, raw, file.cases, shared, bind):
             if case.name in cases:
                 raise wrong(f"cases.{raw}.budget", "must not give one case twice", case.name)
             cases[case.name] = case
