@@ -6,6 +6,7 @@ session, and again when pyproject.toml or constraints.txt changed. `nox --no-ven
 
 import json
 import os
+import re
 import shutil
 import sys
 from hashlib import sha256
@@ -17,12 +18,13 @@ import nox
 ROOT = Path(__file__).parent
 VENV = ROOT / ".venv"
 STAMP = VENV / ".hap-stamp"
-MINORS = (11, 12, 13)  # of Python 3, as in pyproject.toml
 LEAST_BRANCHES = 95.0  # percent of hap/ that the tests must take
 WORKERS = min(4, os.cpu_count() or 1)
 
-nox.needs_version = ">=2024.3.2"
+nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "judge", "tests"]
+SUPPORTED = nox.project.load_toml(ROOT / "pyproject.toml")["project"]["requires-python"]  # ">=3.11,<3.14"
+MINORS = range(*map(int, re.findall(r"3\.(\d+)", SUPPORTED)))
 session = nox.session(venv_backend="none")  # not nox's own environments: they cannot be shared
 
 
@@ -47,9 +49,10 @@ def tests(session: nox.Session) -> None:
 
 @session
 def lint(session: nox.Session) -> None:
-    """Check the style of all Python files with ruff."""
+    """Check the style of all Python files with ruff, and the order of the rooms with import-linter."""
     _run(session, "ruff", "check", ".")
     _run(session, "ruff", "format", "--check", ".")
+    session.run(str(Path(_python(session)).with_name("lint-imports")), "--no-cache", external=True)
 
 
 @session

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hap import HapError
 from hap.budget import Budget as Budget
-from hap.structure.groups import Groups
+from hap.structure.groups import Groups, describe_group
 from hap.structure.heads import around
 
 
@@ -107,7 +107,9 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
     if scores.shape != (len(groups),):
         raise HapError(f"scores: one number for each of {len(groups)} groups expected, found shape {[*scores.shape]}")
     if not bool(scores.isfinite().all()):
-        raise HapError(f"scores: finite numbers expected, found {int((~scores.isfinite()).sum())} that are not")
+        wrong = (~scores.isfinite()).nonzero()[:, 0].tolist()
+        first = describe_group(groups, wrong[0])
+        raise HapError(f"scores: finite numbers expected, found {len(wrong)} that are not, the first that of {first}")
     order, ends = _order(groups, scores, budget)
     unit = "params" if budget.unit == "prunable" else budget.unit
     whole, least = (

@@ -46,6 +46,7 @@ class Cut(NamedTuple):
     given: Bool[Tensor, "slots"]  # slots that are there to be read
 
 
+@torch.inference_mode(mode=False)
 def apply(
     model: nn.Module,
     groups: Groups,
@@ -62,7 +63,7 @@ def apply(
     narrowed with them. Raises HapError for a plan of other groups, and for a layer that loses all it has.
     """
     cuts, batches = _cuts(groups, plan), list(batches)
-    small = copy.deepcopy(model)
+    small = _copied(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for name, cut in cuts.items():
         module = small.get_submodule(name)
@@ -84,12 +85,22 @@ def apply(
     return small
 
 
+@torch.inference_mode(mode=False)
 def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     """A copy of the same size that computes what `apply` with zero implants computes: the oracle of the tests."""
     gone, implanted = _gone(groups, plan)
-    masked = copy.deepcopy(model)
+    masked = _copied(model)
     silence(masked, groups, Gone(gone.rows | implanted, gone.slots))
     return masked
+
+
+def _copied(model: Layer) -> Layer:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # of FSDP, of tensors that an earlier pass has left, of locks and files
+        says = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        do = "take off what wraps it, or drop what is no parameter and no buffer"
+        raise HapError(f"apply: {type(model).__name__} cannot be copied ({says}); {do}") from error
 
 
 def resize(module: Layer, rows: Tensor, slots: Tensor) -> Layer:

@@ -111,9 +111,19 @@ def edited(record, *steps, to):
     return copied
 
 
+def without(record, *steps):
+    """A copy of a record with one part left out."""
+    copy = json.loads(json.dumps(record))
+    part = copy
+    for step in steps[:-1]:
+        part = part[step]
+    del part[steps[-1]]
+    return copy
+
+
 def fake_run(case: Any, seed: int, **changes: Any) -> Any:
     """A record of `case` whose numbers depend on nothing but `seed`; `changes` overrides fields."""
-    from hap.harness.run import Run
+    from hap.harness.records.record import Run
 
     def stage(accuracy: float) -> dict[str, float]:
         return {"accuracy": accuracy, "loss": 1 - accuracy / 100}

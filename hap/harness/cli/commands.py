@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hap import HapError
-from hap.harness.cli.terminal import Names, near, out, paths, say
+from hap.harness.cli.terminal import Context, Names, executing, near, out, paths, say
 
 if TYPE_CHECKING:
     from hap.harness.nightly.measure import Made
     from hap.harness.nightly.regressions import Watched
+    from hap.harness.processes.workers import Executor
     from hap.harness.spec.spec import Spec
 
 
 def nightly(
+    context: Context,
     specs: Names = None,
     tier: Annotated[str | None, typer.Option(help="Only specs of this tier: quick, cpu or gpu.")] = None,
     history: Annotated[Path | None, typer.Option(help="The history (default: .hap/history.jsonl).")] = None,
@@ -53,33 +55,34 @@ def nightly(
         nights = past.nights(past.load(file))  # the one waited for may have added to it
         if given in nights:
             raise HapError(f"--night {given}: must be new, found it in {file}; --no-run judges the last night again")
-        name = measuring.begin(nights, chosen, made, given)
-        _measure(name, chosen, made, speed)
+        name = measuring.begin(nights, chosen.values(), made, given)
+        with executing(context) as executor:
+            _measure(name, chosen, made, speed, executor)
         past.append(file, made.rows)
         measuring.forget(name)
     say(f"{len(made.rows)} numbers of night {name} are in {near(file)}")
     return _watched(file, name, made, summary, junit)
 
 
-def _specs(names: list[str] | None, tier: str | None) -> "list[Spec]":
+def _specs(names: list[str] | None, tier: str | None) -> "dict[Path, Spec]":
     from hap.harness.spec.spec import load_spec
 
-    found = [load_spec(path) for path in paths(names or ["all"])]
-    chosen = [spec for spec in found if tier in (None, spec.tier)]
+    found = {path: load_spec(path) for path in paths(names or ["all"])}
+    chosen = {path: spec for path, spec in found.items() if tier in (None, spec.tier)}
     if not chosen:
         raise HapError(f"--tier {tier}: no spec is of this tier")
     return chosen
 
 
-def _measure(name: str, specs: "list[Spec]", made: "Made", speed: bool) -> None:
+def _measure(name: str, specs: "dict[Path, Spec]", made: "Made", speed: bool, executor: "Executor") -> None:
     from hap.harness.cli.terminal import FOLDER
     from hap.harness.nightly import measure as measuring
     from hap.harness.processes.progress import progress
 
     chosen = measuring.runnable(specs, made.notes)
     root = FOLDER.absolute().parent if speed else None
-    with progress(f"night {name}", measuring.parts(chosen, speed), out) as step:
-        measuring.measure(name, chosen, root, made, step)
+    with progress(f"night {name}", measuring.parts(chosen.values(), speed), out) as step:
+        measuring.measure(name, chosen, root, made, executor, step)
     if not made.rows and not made.broken:
         raise HapError(f"night {name}: nothing could be measured: {'; '.join(made.notes)}")
 

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hap import HapError
-from hap.harness.cli.terminal import Results, near, out, paths, results_of, say
+from hap.harness.cli.terminal import Context, Results, executing, near, out, paths, results_of, say
 
 if TYPE_CHECKING:
     from hap.harness.compare.comparison import Rival
+    from hap.harness.processes.workers import Executor
     from hap.harness.spec.spec import Spec
 
 
 def compare(
+    context: Context,
     function: Annotated[str | None, typer.Argument(metavar="PACKAGE.MODULE:FUNCTION", help="Your function.")] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="[K=V]...", help="More of --options.")] = None,
     spec: Annotated[str | None, typer.Option(help="The spec whose committed evidence it is compared with.")] = None,
@@ -35,7 +37,8 @@ def compare(
     from hap.harness.compare import comparison
 
     if known:
-        return _list(results)
+        _list(results)
+        return
     if function is None or spec is None:
         raise HapError("compare: a function and --spec are needed; --list names the specs")
     if role not in comparison.ROLES:
@@ -43,7 +46,8 @@ def compare(
     if len(chosen := paths([spec])) > 1:
         raise HapError(f"--spec {spec}: must be one spec, found {len(chosen)}")
     rival = comparison.rival(function, _options([*(options or []), *(more or [])]), role)
-    return _compare(chosen[0], rival, against, rerun, record, results_of(chosen[0], results))
+    with executing(context) as executor:
+        _compare(chosen[0], rival, against, rerun, record, results_of(chosen[0], results), executor)
 
 
 def _options(given: list[str]) -> dict[str, Any]:
@@ -59,7 +63,15 @@ def _options(given: list[str]) -> dict[str, Any]:
     return found
 
 
-def _compare(path: Path, rival: "Rival", against: str | None, rerun: bool, record: bool, results: Path) -> None:
+def _compare(
+    path: Path,
+    rival: "Rival",
+    against: str | None,
+    rerun: bool,
+    record: bool,
+    results: Path,
+    executor: "Executor",
+) -> None:
     from hap.harness.compare import comparison
     from hap.harness.compare.conclusions import page
     from hap.harness.processes.progress import progress
@@ -73,7 +85,7 @@ def _compare(path: Path, rival: "Rival", against: str | None, rerun: bool, recor
     file = comparison.written(path, rival, cases, evidence)
     spec = load_spec(file)
     with progress("compare", len(cases) * len(spec.seeds) * (1 + rerun), out) as step:
-        runs = comparison.made(spec, rival, evidence, rerun, step)
+        runs = comparison.made(spec, rival, evidence, rerun, executor, step)
     text = page(spec, runs, judge.of_today(spec, runs))
     say(f"\n{text.rstrip()}")
     for kept in comparison.record(file, runs, text, results) if record else ():

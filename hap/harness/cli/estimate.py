@@ -8,12 +8,15 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from hap.cost import params
 from hap.harness.cli.bill import STAGES, Estimate, Price
-from hap.harness.cli.pricing import forward_of, instead, score_of, steps_of, trace_of, validation
+from hap.harness.cli.pricing import Noted, forward_of, noting, score_of, steps_of, trace_of, validation
+from hap.harness.processes.files import caching
 from hap.harness.run import load_task
 from hap.harness.spec.spec import Case, Spec
 from hap.harness.task import Task
@@ -64,8 +67,12 @@ class Meter:
         key = str(case.task.model_dump())
         if key not in self.tasks:
             self.say(f"{case.task}: its training")
-            with instead() as seen:
-                task = load_task(case.task, seed)
+            seen = list[Noted]()
+            with (
+                TemporaryDirectory(prefix="hap-") as empty,
+                caching(Path(empty)),
+            ):  # neither read nor write a real model
+                task = load_task(case.task, seed, partial(noting, seen))
             dense = Price.sum(steps_of(*each).plus(validation(each[1], each[2].epochs)) for each in seen)
             self.tasks[key] = task, dense
         return self.tasks[key]

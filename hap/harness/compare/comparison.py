@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,15 +23,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from hap import HapError
+from hap.harness.make import Job, attempt, ensure
+from hap.harness.processes import provenance
 from hap.harness.processes.files import atomic_write, atomic_writes, cache
-from hap.harness.records import provenance, store
-from hap.harness.run import Run
+from hap.harness.processes.progress import Say, Step
+from hap.harness.processes.workers import Executor, Known
+from hap.harness.records import store
+from hap.harness.records.record import Run
 from hap.harness.spec.functions import Ref, mistake, ready, resolve
 from hap.harness.spec.spec import Case, Claim, Spec, Stage, load_spec
 from hap.harness.train.step import memory_ran_out
 from hap.harness.verdicts.measures import Runs
 
-Step = Callable[[str], Any]  # a context for each run, as `progress` gives it
 ROLES = ("score", "method", "implant")
 WHEN: dict[Stage, str] = {"one_shot": "before fine-tuning", "selected": "after fine-tuning"}
 CONFIDENCE = 0.975  # of each of two bounds, which together are a 95 % interval
@@ -150,20 +154,26 @@ def pairs(spec: Spec) -> list[tuple[Case, Case]]:
     return [(spec.cases[mine], spec.cases[theirs]) for mine, theirs in names]
 
 
-def made(spec: Spec, rival: Rival, evidence: Runs, rerun: bool, step: Step) -> Runs:
+def made(spec: Spec, rival: Rival, evidence: Runs, rerun: bool, executor: Executor, step: Step) -> Runs:
     """The evidence with the runs of the function and, with `rerun`, new ones of HAP: from the cache, else made now."""
     runs, ours = dict(evidence), cache() / "compare" / provenance.code()["sha256"][:16]
     for mine, theirs in pairs(spec):
         with blaming(rival):
-            runs[mine.name] = [_ensured(mine, seed, rival.folder, step) for seed in spec.seeds]
+            work = partial(_blamed, rival)
+            runs[mine.name] = [_made(Job(mine, seed, rival.folder), executor, step, work) for seed in spec.seeds]
         if rerun:
-            runs[theirs.name] = [_ensured(theirs, seed, ours, step) for seed in spec.seeds]
+            runs[theirs.name] = [_made(Job(theirs, seed, ours), executor, step, ensure) for seed in spec.seeds]
     return runs
 
 
-def _ensured(case: Case, seed: int, folder: Path, step: Step) -> Run:
-    with step(f"{case.name} seed {seed}") as say:
-        return store.ensure(case, seed, folder, say=say)
+def _made(job: Job, executor: Executor, step: Step, work: Callable[..., Run]) -> Run:
+    with step(job.name) as say:
+        return attempt(job, executor, say, work)
+
+
+def _blamed(rival: Rival, job: Job, known: Known, say: Say) -> Run:
+    with blaming(rival):  # in the process that makes the record, for a traceback stays there
+        return ensure(job, known, say)
 
 
 def name(spec: Spec) -> str:

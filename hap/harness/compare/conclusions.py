@@ -7,9 +7,9 @@ from statistics import fmean
 import pandas as pd
 
 from hap.harness.compare.comparison import CONFIDENCE, WHEN, alike, pairs, stem
-from hap.harness.returned import short
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import Claim, Spec
+from hap.harness.supplied import short
 from hap.harness.verdicts.judge import Outcome, Verdict
 from hap.harness.verdicts.measures import Runs, value
 from hap.harness.verdicts.statistics import FEWEST

@@ -11,7 +11,7 @@ from hashlib import sha256
 from itertools import combinations
 from typing import Any
 
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import Base, Case
 from hap.harness.tasks import glue
 

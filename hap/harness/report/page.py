@@ -12,11 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hap.harness.processes.files import atomic_write
+from hap.harness.records.record import Run
 from hap.harness.report import plans as fates
 from hap.harness.report import plots
 from hap.harness.report.tables import METRICS, body, frame, head, notes, source
 from hap.harness.report.verdicts_md import Entry, commit, commits, observed, outcomes, remark, seeds
-from hap.harness.run import Run
 from hap.harness.spec.spec import Spec
 from hap.harness.verdicts.judge import describe
 

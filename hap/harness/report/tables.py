@@ -13,8 +13,8 @@ import pandas as pd
 
 from hap import HapError
 from hap.harness.processes.files import atomic_write
+from hap.harness.records.record import Run
 from hap.harness.report.markup import latex, markdown, plain
-from hap.harness.run import Run
 from hap.harness.spec.spec import Reported, Spec
 
 Runs = dict[str, list[Run]]

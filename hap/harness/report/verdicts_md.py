@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hap.harness.processes.files import atomic_write
+from hap.harness.records.record import Run
 from hap.harness.report.markup import markdown, plain, slug
-from hap.harness.run import Run
 from hap.harness.spec.spec import Spec
 from hap.harness.verdicts.judge import Outcome, Verdict, describe
 

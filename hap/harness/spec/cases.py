@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, InstanceOf
 
+from hap.budget import Budget
 from hap.harness.spec.functions import ROLES, Ref, Spelled, Strict, build, resolve, wrong
-from hap.harness.train.loop import Recipe
-from hap.plan import Budget
+from hap.harness.train.recipe import Recipe
 
 Coupling = Literal["tied", "union"]
 Prune = Literal["all", "heads"]
@@ -76,10 +76,10 @@ class CaseTable(Strict):
     recalibrate: bool = False
 
 
-def expand(spec: str, name: str, tables: Mapping[str, CaseTable], shared: Given, bind: bool = True) -> Iterator[Case]:
+def expand(spec: str, name: str, tables: Mapping[str, CaseTable], shared: Given, bind: bool) -> Iterator[Case]:
     """The cases that the table `name` stands for, one a budget; `shared` is what it has where it says nothing.
 
-    `bind`: the functions that it names are imported, and their options checked.
+    `bind`: the functions that it names are imported, and its options checked against their signatures.
     """
     where = f"cases.{name}"
     given = {**shared, **_inherit(name, tables)}

@@ -5,14 +5,17 @@ import json
 import pkgutil
 import re
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from hap import HapError
-from hap.harness.task import Data
+
+if TYPE_CHECKING:
+    import hap.harness.task  # it needs torch, which a spec that is only read does not
 
 Built = TypeVar("Built")
 Function = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*$")]
@@ -26,7 +29,7 @@ ROLES: dict[str, Role] = {
     "method": (("task", "groups", "budget"), ("rng",)),
     "implant": (("module", "rows", "inputs"), ()),
 }
-OFFERED = {"pruned", "halves", "say"}  # what a caller hands over to a function that asks for it
+OFFERED = {"pruned", "halves", "fit"}  # what a caller hands over to a function that asks for it
 
 
 class Strict(BaseModel):
@@ -91,8 +94,10 @@ def resolve(where: str, role: str, ref: Ref) -> None:
     _bind(where, function, ROLES[role], ref.options)
 
 
-def ready(task: Ref, seed: int) -> Data:
+def ready(task: Ref, seed: int) -> "hap.harness.task.Data":
     """The data of a workload, read; a task module may offer `ready(**options)` where its task takes long to make."""
+    from hap.harness.task import Data
+
     quick = getattr(import_module(task.use.partition(":")[0]), "ready", None)
     data = quick(**task.options) if quick is not None else task.load()(seed, **task.options).data
     assert isinstance(data, Data)
@@ -130,6 +135,16 @@ def _bind(where: str, function: Callable[..., Any], role: Role, table: dict[str,
             _check(join(where, name), signature.parameters[name].annotation, value)
 
 
+def _adapter(annotation: Any) -> Any:
+    try:
+        return _kept(annotation)
+    except TypeError:  # it has a part that cannot be hashed
+        return TypeAdapter(annotation)
+
+
+_kept = cache(TypeAdapter)  # many options have the same type
+
+
 def _known(options: list[str]) -> str:
     return f"known are {', '.join(options)}" if options else "none is known"
 
@@ -138,7 +153,7 @@ def _check(where: str, annotation: Any, value: Any) -> None:
     if annotation is inspect.Parameter.empty or isinstance(annotation, str):
         return
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+        adapter = _adapter(annotation)
     except PydanticUserError:  # a type of the function's own, which only the function can judge
         return
     try:

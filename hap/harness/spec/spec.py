@@ -10,14 +10,12 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, StringConstraints, ValidationError
 
 from hap import HapError
 from hap.harness.spec.cases import Case as Case
 from hap.harness.spec.cases import CaseTable, Table, expand
 from hap.harness.spec.functions import Spelled, Strict, join, mistake, wrong
-from hap.harness.task import MissingData
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
@@ -103,7 +101,13 @@ class _File(Strict):
 
 def require(spec: Spec) -> None:
     """MissingData where a spec needs a GPU and there is none; HAP_DEVICE overrules, for those who have the days."""
-    if spec.tier == "gpu" and not os.environ.get("HAP_DEVICE") and not torch.cuda.is_available():
+    if spec.tier != "gpu" or os.environ.get("HAP_DEVICE"):
+        return
+    import torch
+
+    from hap.harness.task import MissingData
+
+    if not torch.cuda.is_available():
         raise MissingData(
             f"{spec.name}: a GPU expected ({spec.needs or 'its tier is gpu'}), found none; --smoke rehearses it on a "
             "CPU, and HAP_DEVICE=cpu runs it there all the same"
@@ -116,9 +120,10 @@ def find_specs(root: Path) -> list[Path]:
 
 
 def load_spec(path: Path, bind: bool = True) -> Spec:
-    """A spec read, inherited and expanded; HapError names the file and the path of the first mistake.
+    """A spec read, inherited, expanded and bound; HapError names the file and the path of the first mistake.
 
-    `bind`: its functions must be there and take their options, which a check of records alone does not need.
+    `bind=False` imports none of the functions that it names, nor torch for them, and so does not see that one is
+    missing or takes other options: enough for whoever reads records and runs nothing.
     """
     try:
         return _spec(path.stem, _file(_toml(path)), bind)

@@ -76,7 +76,7 @@ def checkpoint(name: str, root: str | Path | None = None) -> tuple[dict[str, Ten
         raise _missing(f"checkpoint {name}", f"checkpoints/cifar10/{name}", root, CHECKPOINT_SOURCE)
     content = _bytes(file)
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)["state_dict"]
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)["state_dict"]  # noqa: TID251
         state = {key.removeprefix("module."): value for key, value in state.items()}
     except Exception as error:  # whatever a damaged zip or pickle makes torch raise
         raise damaged(file, "a checkpoint with a state_dict of tensors", first_line(error)) from None

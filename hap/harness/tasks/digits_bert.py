@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
 
 
 def task(
-    seed: int, *, samples: int = 128, batch: int = 64, smoke: bool = False, say: training.Say = training.silent
+    seed: int, *, samples: int = 128, batch: int = 64, smoke: bool = False, fit: training.Fit | None = None
 ) -> Task:
     """A BERT of 2 layers with 8 heads each, trained with this seed from scratch; `samples` for calibration.
 
@@ -64,7 +64,7 @@ def task(
     made = replace(made, threads=1)  # so small a network gains nothing from a second
     decides = [CONFIG, recipe, encoder.SMOKE if smoke else None, data.sha256, encoder.version()]
     sources = [text, encoder, training, stepping, recipes, losses, sys.modules[__name__]]
-    found = cached(made.name, seed, decides, sources, partial(_trained, made, recipe, seed, say))
+    found = cached(made.name, seed, decides, sources, partial(_trained, made, recipe, seed, fit))
     made.model.load_state_dict(found.weights)
     made.model.eval()
     return replace(made, notes=tuple(found.notes))
@@ -75,9 +75,9 @@ def ready(**options: object) -> Data:
     return digits_preresnet.ready()
 
 
-def _trained(task: Task, recipe: training.Recipe, seed: int, say: training.Say, keep: Path) -> Trained:
+def _trained(task: Task, recipe: training.Recipe, seed: int, fit: training.Fit | None, keep: Path) -> Trained:
     rng = training.generator(seed, "train")
-    curve = training.fit(task.model, task, recipe, rng=rng, say=say, keep=keep, snapshots=False)
+    curve = (fit or training.fit)(task.model, task, recipe, rng=rng, keep=keep, snapshots=False)
     return Trained(training.snapshot(task.model), curve.notes)
 
 

@@ -26,7 +26,7 @@ NORMALISE = Normalise((0.305,), (0.376,), white=16.0)
 SPLITS = {"train": 1077, "validation": 270, "test": 450}
 
 
-def task(seed: int, *, images: int = 512, batch: int = 128, say: training.Say = training.silent) -> Task:
+def task(seed: int, *, images: int = 512, batch: int = 128, fit: training.Fit | None = None) -> Task:
     """A PreResNet-20 trained with this seed, and `images` calibration images that the seed draws.
 
     The digits fill their 8x8 images, so there is no augmentation: a shift by one pixel cuts strokes off, and cost 1 to
@@ -53,7 +53,7 @@ def task(seed: int, *, images: int = 512, batch: int = 128, say: training.Say = 
     )
     decides = [DEPTH, WIDTHS, RECIPE, NORMALISE, SPLITS, source.sha256]
     sources = [nets, data, training, stepping, recipe, losses, sys.modules[__name__]]
-    found = cached(made.name, seed, decides, sources, partial(_trained, made, seed, say))
+    found = cached(made.name, seed, decides, sources, partial(_trained, made, seed, fit))
     made.model.load_state_dict(found.weights)
     made.model.eval()
     return replace(made, notes=tuple(found.notes))
@@ -64,9 +64,9 @@ def ready(**options: object) -> Data:
     return digits()[1]
 
 
-def _trained(task: Task, seed: int, say: training.Say, keep: Path) -> Trained:
+def _trained(task: Task, seed: int, fit: training.Fit | None, keep: Path) -> Trained:
     rng = training.generator(seed, "train")
-    curve = training.fit(task.model, task, RECIPE, rng=rng, say=say, keep=keep, snapshots=False)
+    curve = (fit or training.fit)(task.model, task, RECIPE, rng=rng, keep=keep, snapshots=False)
     return Trained(training.snapshot(task.model), curve.notes)
 
 

@@ -54,7 +54,7 @@ def finetuned(
     autocast: str | None = None,
     attention: Literal["sdpa", "eager"] = "sdpa",
     smoke: bool = False,
-    say: training.Say = training.silent,
+    fit: training.Fit | None = None,
 ) -> Task:
     """The encoder with a fresh head, trained with this seed: AdamW, batches of 32, a tenth of warm-up, linear decay.
 
@@ -85,7 +85,7 @@ def finetuned(
     decides = [place.revision, recipe, subset, length, attention, SMOKE if smoke else None, *digests]
     whole = partial(text.epoch, parts["train"], pad=tokenizer.pad_token_id)
     learner = replace(made, train=whole, train_size=len(parts["train"].labels))
-    trained = cached(made.name, seed, decides, SOURCES, partial(_trained, learner, recipe, seed, say))
+    trained = cached(made.name, seed, decides, SOURCES, partial(_trained, learner, recipe, seed, fit))
     made.model.load_state_dict(trained.weights)
     made.model.eval()
     return replace(made, notes=tuple(trained.notes))
@@ -218,9 +218,9 @@ def _encode(tokenizer: Any, texts: list[tuple[str, ...]], length: int) -> list[t
     return list(zip(found["input_ids"], found["token_type_ids"], strict=True))
 
 
-def _trained(task: Task, recipe: training.Recipe, seed: int, say: training.Say, keep: Path) -> Trained:
+def _trained(task: Task, recipe: training.Recipe, seed: int, fit: training.Fit | None, keep: Path) -> Trained:
     rng = training.generator(seed, "train")
-    curve = training.fit(task.model, task, recipe, rng=rng, say=say, keep=keep, snapshots=False)
+    curve = (fit or training.fit)(task.model, task, recipe, rng=rng, keep=keep, snapshots=False)
     return Trained(training.snapshot(task.model), curve.notes)
 
 

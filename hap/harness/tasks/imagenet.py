@@ -118,7 +118,9 @@ def weights(
     if not (has := sha256(content).hexdigest()).startswith(sha):
         raise damaged(file, f"the file whose sha256 begins with {sha}", has[:16])
     try:
-        state: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state: dict[str, Tensor] = torch.load(  # noqa: TID251
+            io.BytesIO(content), map_location="cpu", weights_only=True
+        )
     except Exception as error:  # whatever a damaged zip or pickle makes torch raise
         raise damaged(file, "weights by name", first_line(error)) from None
     return state, file, has

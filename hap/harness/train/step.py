@@ -19,10 +19,10 @@ LEAST = 2  # samples of a micro-batch: BatchNorm has no variance over one
 TEMPERATURE = 4.0  # of the distillation, where a recipe does not say [Hinton15]
 
 
-def memory_ran_out(error: RuntimeError) -> bool:
+def memory_ran_out(error: Exception) -> bool:
     """Whether a device, or the machine, had no memory left."""
     signs = ("out of memory", "not enough memory", "ALLOC_FAILED")  # of CUDA, of the CPU, of cuBLAS and cuDNN
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Stepper:
         """
         mine, total = len(targets), targets.new_zeros((), dtype=torch.float32)
         whole, mass = whole or mine, ranks.summed(self.task.loss.mass(targets))
+        mass = mass.where(mass > 0, 1)  # a batch of ignored targets has no loss; 0 / 0 would spoil the weights
         world = ranks.world()
         # of sizes as equal as can be; as many on each rank, for in each the ranks wait for each other
         parts = min(math.ceil(math.ceil(whole / world) / self.micro_batch), whole // world)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from hap.harness.records.freshness import FRESH, Age
 from hap.harness.records.freshness import aged as told
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import STAGELESS, Claim, Spec
 from hap.harness.verdicts.measures import Measured, Runs, measured, sides
 from hap.harness.verdicts.statistics import (

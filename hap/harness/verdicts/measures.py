@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from hap import HapError
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import STAGELESS, Claim
 from hap.harness.verdicts.statistics import (
     Interval,

@@ -13,10 +13,13 @@ from fakes import fake_run, with_accuracy, write_spec
 from scipy import stats
 from typer.testing import CliRunner
 
+import hap.harness.run as procedure
 from hap import HapError
 from hap.harness.cli import app as cli
 from hap.harness.cli.lint import lint
 from hap.harness.compare import comparison, conclusions
+from hap.harness.make import Job, ensure
+from hap.harness.processes.workers import InProcess
 from hap.harness.records import store
 from hap.harness.spec.spec import load_spec
 from hap.harness.verdicts import judge
@@ -46,7 +49,7 @@ def made(tmp_path_factory):
     spec = load_spec(write_spec(folder, SPEC, "tiny"))
     for case in spec.cases.values():
         for seed in spec.seeds:
-            store.ensure(case, seed, folder / "results")
+            ensure(Job(case, seed, folder / "results"))
     write_spec(folder, SPEC, "bare")
     return folder
 
@@ -60,7 +63,8 @@ def folder(made, tmp_path, monkeypatch):
 
 
 def hap(*args):
-    return CliRunner().invoke(cli.app, args)
+    """The command, with records made in this process, where a test has put something in the place of a run."""
+    return CliRunner().invoke(cli.app, args, obj=InProcess())
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +134,7 @@ def test_haps_own_score_is_no_different_from_itself(folder):
 
 
 def test_an_interrupted_comparison_goes_on_and_an_option_begins_anew(folder, monkeypatch):
-    real, done = store.procedure.run, []
+    real, done = procedure.run, []
 
     def run(case, seed, **how):
         if len(done) == 4:
@@ -138,10 +142,10 @@ def test_an_interrupted_comparison_goes_on_and_an_option_begins_anew(folder, mon
         done.append((case.name, seed))
         return real(case, seed, **how)
 
-    monkeypatch.setattr(store.procedure, "run", run)
+    monkeypatch.setattr(procedure, "run", run)
     assert hap("compare", "strangers:score", "--spec", "tiny").exit_code == 130
     monkeypatch.setattr(
-        store.procedure, "run", lambda case, seed, **how: done.append((case.name, seed)) or real(case, seed, **how)
+        procedure, "run", lambda case, seed, **how: done.append((case.name, seed)) or real(case, seed, **how)
     )
     assert hap("compare", "strangers:score", "--spec", "tiny").exit_code == 0
     assert done == [(f"strangers-score@{size}", seed) for size in (50, 70) for seed in (0, 1, 2)]
@@ -447,6 +451,21 @@ def test_bad_input_is_one_line(folder, unchecked, arguments, says):
     told = hap("compare", *arguments)
     assert (told.exit_code, told.stderr.count("\n")) == (2, 1), told.output
     assert told.stderr.startswith(f"hap: {says}"), told.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("aborts", "its process was ended by SIGABRT\n"),
+        ("broken", "raised ZeroDivisionError: division by zero (in strangers.py, line "),
+        ("exhausts", "raised MemoryError: a made-up lack of it (in strangers.py, line "),
+    ],
+)
+def test_a_function_that_ends_its_process_is_one_line(folder, name, says):
+    """In a worker, as the command makes its runs."""
+    told = CliRunner().invoke(cli.app, ["compare", f"strangers:{name}", "--spec", "tiny", "--against", "hap@50"])
+    assert (told.exit_code, told.stderr.count("\n")) == (2, 1), told.output
+    assert told.stderr.startswith(f"hap: strangers:{name}: {says}")
 
 
 def test_other_data_than_those_of_the_evidence_are_refused(folder, monkeypatch):

@@ -5,17 +5,20 @@ import subprocess
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import hap
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "torchvision", "safetensors", "transformers")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: "torch.device") -> dict[str, Any]:
     """Versions, device, threads and platform, as they are now."""
+    import torch  # here, for whoever asks for the code alone need not wait for it
+
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
