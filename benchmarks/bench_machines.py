@@ -3,7 +3,7 @@
 Each configuration runs in a process of its own, and prunes the cases of `digits` without fine-tuning. Twice: with dense
 networks that it trained itself, and with those that the first configuration trained. What only the former moves is the
 training, in which rounding grows; what the latter moves is scoring. No dense network of `digits` has a convolution
-that oneDNN computes wrongly: see hap/structure/narrow.py.
+that oneDNN computes wrongly: see hap/structure/kernels.py.
 
     python benchmarks/bench_machines.py --json machines.json      # about 5 minutes on two cores
 """

@@ -15,7 +15,7 @@ from hap import HapError
 from hap.hessian.losses import Batches, Loss
 from hap.hessian.persample import even
 from hap.structure.layers import Call, evaluating, first_tensor, is_mixing, refuse_hidden, uncompiled, weight_of
-from hap.structure.narrow import sound
+from hap.structure.kernels import sound
 
 
 class Seen(NamedTuple):

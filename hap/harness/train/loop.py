@@ -33,7 +33,7 @@ from hap.harness.train.recipe import learning_rate as learning_rate
 from hap.harness.train.step import Stepper, dropping, memory_ran_out, optimiser
 from hap.harness.train.step import exactly as exactly
 from hap.harness.train.step import threads as threads
-from hap.structure.narrow import sound
+from hap.structure.kernels import sound
 
 
 @dataclass(frozen=True)

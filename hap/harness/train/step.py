@@ -162,18 +162,6 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextmanager
-def exactly() -> Iterator[None]:
-    """The same numbers each time on one machine, float32 where they say so: no TF32, no algorithm chosen by timing."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
-    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
-
-
 def distillation(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of the softened class probabilities, mean over the samples, in nats [Hinton15]."""
     student, teacher = ((each / temperature).log_softmax(-1) for each in (outputs, taught))
