@@ -276,10 +276,7 @@ def test_records_that_end_their_process_are_broken_and_the_others_are_made(tmp_p
     process = started(tmp_path, "record", str(path), "aborts@50", "0")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert errors == (
-        f"hap: strange: aborts@50 seed 0 is BROKEN: its process was ended by SIGABRT; to repeat it: "
-        f"hap record {path} aborts@50 0\n"
-    )
+    assert errors == "hap: strange: aborts@50 seed 0 is BROKEN: its process was ended by SIGABRT\n"
 
 
 @pytest.fixture
