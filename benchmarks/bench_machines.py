@@ -98,11 +98,12 @@ def main():
     parser.add_argument("--contiguous", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
-        return prune(args.threads, not args.contiguous, args.seeds)
-    found = measure(args.seeds)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(table(found)))
+        prune(args.threads, not args.contiguous, args.seeds)
+    else:
+        found = measure(args.seeds)
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
+        print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

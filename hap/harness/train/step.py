@@ -75,6 +75,12 @@ class Stepper:
         )
         return True
 
+    def accept(self, line: str) -> None:
+        """Ops without a deterministic algorithm are called from here on, and `line` says so."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        self._forward = None  # what averages over ranks is left in the middle of a pass
+        self.note(line)
+
     def note(self, line: str) -> None:
         """Keeps a line for the record, once: a training that goes on meets the same again."""
         if line not in self.notes:
