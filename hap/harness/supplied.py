@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -26,6 +27,7 @@ from hap.harness.processes.workers import Known
 from hap.harness.spec.functions import Ref
 from hap.harness.spec.spec import Case
 from hap.harness.task import Task
+from hap.harness.train.exact import determined, undetermined
 from hap.harness.train.loop import generator
 from hap.harness.train.step import memory_ran_out
 from hap.hessian.accumulate import Curvature, merge
@@ -105,19 +107,27 @@ def _known_scores(case: Case, ref: Ref, purpose: str, task: Task, groups: Groups
 
 def _scores(ref: Ref, task: Task, groups: Groups, rng: torch.Generator, pruned: Callable[[Tensor], Tensor]) -> Scored:
     """What a function gives that is called as a score, with what it asks for by the names of its parameters."""
-    halves, function, start = list[Tensor](), ref.load(), time.perf_counter()
+    halves, told, function, start = list[Tensor](), list[str](), ref.load(), time.perf_counter()
     offered = {"pruned": pruned, "halves": halves.append, "merge": _merged}
     given = {name: each for name, each in offered.items() if name in inspect.signature(function).parameters}
     batches = Share(task.batches, rng) if "merge" in given else task.batches  # then each rank measures its share
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        scores = function(task.model, task.loss, batches, groups, rng=rng, **given, **ref.options)
+        call = partial(function, task.model, task.loss, batches, groups, rng=rng, **given, **ref.options)
+        scores = determined(call, told.append, partial(_again, rng, rng.get_state(), halves))
     if (kind := _unusable(scores)) is not None:
         raise HapError(f"{ref.use}: a tensor of {len(groups)} real numbers expected, found {kind}")
     lines = [" ".join(str(each.message).split()) for each in heard if issubclass(each.category, UserWarning)]
+    lines = told + [line for line in lines if undetermined(line) is None]
     found = Scored(scores, halves[0] if halves else None, lines, time.perf_counter() - start, {})
     # else two kinds of GPU could round to two rankings
     return ranks.shared(lambda: found._replace(scores=found.scores.cpu())) if ranks.world() > 1 else found
+
+
+def _again(rng: torch.Generator, state: Tensor, halves: list[Tensor]) -> None:
+    """Before a score is called once more."""
+    rng.set_state(state)
+    halves.clear()
 
 
 def _pruned(case: Case, groups: Groups, scores: Tensor) -> Tensor:

@@ -341,6 +341,22 @@ def test_the_environment_is_json_and_tells_versions_and_threads(monkeypatch):
     assert list(found["packages"]) == ["numpy"]
 
 
+def test_the_environment_says_in_one_block_what_of_a_machine_moves_numbers(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    found = provenance.environment(torch.device("cpu"))["machine"]
+    assert found["processor"] == provenance.processor()
+    assert found["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert found["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert "driver" not in found
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92600)
+    monkeypatch.setattr(provenance, "_said", lambda program, *options: {"nvidia-smi": "580.65\n580.65"}.get(program))
+    found = provenance.environment(torch.device("cuda"))["machine"]
+    assert (found["driver"], found["cudnn"], found["cuda"]) == ("580.65", "92600", str(torch.version.cuda))
+    monkeypatch.setattr(provenance, "_said", lambda *command: None)
+    assert provenance.environment(torch.device("cuda"))["machine"]["driver"] == "unknown"
+
+
 def compared(score, **options):
     return replace_case(
         score=Ref(use=score, options=options), reference=Ref(use="hap.methods:hessian_trace"), finetune=None
