@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hap.structure.layers import uncompiled as uncompiled
     from hap.structure.layers import weight_of as weight_of
     from hap.structure.layers import widths as widths
-    from hap.structure.narrow import sound as sound
+    from hap.structure.kernels import sound as sound
     from hap.structure.tracing import trace as trace
 else:
     from hap._lazy import lazily
