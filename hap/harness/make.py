@@ -7,7 +7,7 @@ lock, which the system releases when a process dies, keeps two processes from ma
 import shlex
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -49,12 +49,17 @@ class Job(NamedTuple):
         return self.again or not self.file.exists()
 
 
-def jobs(path: Path, spec: Spec, case: str | None, results: Path, again: bool = False) -> list[Job]:
-    """Those of all cases and seeds of a spec, which lies at `path`; or of the cases called `case`, without their @."""
+def jobs(
+    path: Path, spec: Spec, case: str | None, results: Path, again: bool = False, seeds: Sequence[int] | None = None
+) -> list[Job]:
+    """Those of all cases of a spec, which lies at `path`; or of the cases called `case`, without their @.
+
+    `seeds`: those of the first look where none are given.
+    """
     chosen = [each for each in spec.cases.values() if case in (None, each.name, each.name.split("@")[0])]
     if not chosen:
         raise HapError(f"--case {case}: must be a case of {spec.name}, one of {', '.join(spec.cases)}")
-    pairs = [(each, seed) for each in chosen for seed in spec.seeds]
+    pairs = [(each, seed) for each in chosen for seed in (spec.first if seeds is None else seeds)]
     return [Job(each, seed, results, again, alone(path, each, seed, results)) for each, seed in pairs]
 
 

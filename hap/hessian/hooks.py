@@ -15,6 +15,7 @@ from hap import HapError
 from hap.hessian.losses import Batches, Loss
 from hap.hessian.persample import even
 from hap.structure.layers import Call, evaluating, first_tensor, is_mixing, refuse_hidden, uncompiled, weight_of
+from hap.structure.narrow import sound
 
 
 class Seen(NamedTuple):
@@ -44,7 +45,7 @@ def measuring(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[
     try:
         for p, _ in flags:
             p.requires_grad_(any(p is each for each in wanted.values()))
-        with torch.enable_grad(), uncompiled(model), evaluating(model), _affine(model):
+        with torch.enable_grad(), uncompiled(model), evaluating(model), _affine(model), sound(model):
             yield wanted
     finally:
         for p, needed in flags:

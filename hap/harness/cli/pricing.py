@@ -27,6 +27,7 @@ from hap.harness.task import Task
 from hap.harness.train.loop import Curve, generator, snapshot
 from hap.harness.train.recipe import Recipe
 from hap.harness.train.step import LEAST, Stepper, optimiser
+from hap.structure.narrow import sound
 
 STEPS = 2  # that are timed, after one that warms up
 LOADING, MOST = 3.0, 64  # seconds, and batches, by which the loading of data is timed
@@ -42,7 +43,7 @@ def steps_of(model: nn.Module, task: Task, recipe: Recipe, rng: torch.Generator)
     source = task.train(recipe.batch_size, rng)
     first = next(source)
     inputs, targets, share = _cut(task, *_part(task, first))
-    with FlopCounterMode(display=False) as counter:  # which does not see into what is compiled
+    with FlopCounterMode(display=False) as counter, sound(model):  # which does not see into what is compiled
         Stepper(model, task, plain, size)(inputs, targets)
     step = Stepper(model, task, here, size)
 

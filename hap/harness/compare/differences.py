@@ -82,8 +82,9 @@ def _difference(metric: str, pairs: Pairs, stage: str, bounds: Interval | None, 
 
 def _compared(metric: str, pairs: Pairs, stage: str) -> tuple[Interval | None, float]:
     """The two-sided interval of the paired differences, and the p at which it decides."""
-    what: dict[str, Any] = {"metric": metric, "stage": stage, "op": ">=", "value": 0.0}
-    claim = Claim(text="a comparison", source="two methods", case="mine", against="theirs", **what)
+    what: dict[str, Any] = {"metric": metric, "stage": stage, "op": ">=", "value": 0.0, "over": "seeds and images"}
+    what |= {"text": "a comparison", "source": "two methods", "family": "comparisons"}
+    claim = Claim(case="mine", against="theirs", **what)
     seeds = [run.seed for run in pairs.mine]
     found = measured(claim, {"mine": pairs.mine, "theirs": pairs.theirs}, seeds)
     if len(seeds) < 2 or deviation(found.values) == 0:

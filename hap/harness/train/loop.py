@@ -33,6 +33,7 @@ from hap.harness.train.recipe import learning_rate as learning_rate
 from hap.harness.train.step import Stepper, dropping, memory_ran_out, optimiser
 from hap.harness.train.step import exactly as exactly
 from hap.harness.train.step import threads as threads
+from hap.structure.narrow import sound
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def fit(
     """
     if recipe.distil is not None and task.model is model:
         raise HapError(f"{task.name}: recipe.distil needs a dense model to learn from, found the model that is trained")
-    with threads(task.threads), exactly(), synchronised(model):
+    with threads(task.threads), exactly(), synchronised(model), sound(model):
         trainer = _Trainer(model, task, recipe, rng, say)
         keeper = None if keep is None else Keeper(keep, trainer.identity(snapshots), snapshots)
         states = trainer.resume(keeper)
