@@ -247,13 +247,16 @@ def _make(spec: "Spec", jobs: "list[Job]", executor: "Executor", skip: bool = Fa
     from hap.harness.task import MissingData
 
     broken = list[str]()
+
+    def broke(job: "Job", why: HapError) -> None:
+        broken.append(f"{spec.name}: {job.name} is BROKEN: {why}")
+        say(broken[-1])
+
     try:
         if ranks.shared(lambda: any(job.missing for job in jobs)):
             require(spec)
         with progress(spec.name, len(jobs), out) as step:
-            for job, error in make(jobs, executor, step):
-                broken.append(f"{spec.name}: {job.name} is BROKEN: {error}")
-                say(broken[-1])
+            make(jobs, executor, step, broke)
     except MissingData as error:
         if not skip or ranks.world() > 1:  # where one rank alone lacks it, the others would go on
             raise
