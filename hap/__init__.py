@@ -14,6 +14,11 @@ References, cited as [key] in the docstrings:
 [Izenman75]    Izenman. Reduced-rank regression for the multivariate linear model. J. Multivariate Analysis 5, 1975.
 [Michel19]     Michel, Levy, Neubig. Are Sixteen Heads Really Better than One? NeurIPS 2019.
 [Molchanov19]  Molchanov, Mallya, Tyree, Frosio, Kautz. Importance Estimation for Neural Network Pruning. CVPR 2019.
+[Hassibi93]    Hassibi, Stork. Second order derivatives for network pruning: Optimal Brain Surgeon. NeurIPS 1993.
+[Xie21]        Xie, Fu, Tian, Zhou, Chen. Pruning with Compensation: Efficient Channel Pruning for Deep Convolutional
+               Neural Networks. arXiv 2108.13728, 2021; code: github.com/ZhouyangXie/pseudopruner.
+[Kurtic23]     Kurtic, Frantar, Alistarh. ZipLM: Inference-Aware Structured Pruning of Language Models. NeurIPS 2023.
+[An24]         An, Zhao, Yu, Tang, Wang. Fluctuation-based Adaptive Structured Pruning for LLMs. AAAI 2024.
 [Yule12]       Yule. On the methods of measuring association between two attributes. J. R. Stat. Soc. 75, 1912.
 [Holm79]       Holm. A simple sequentially rejective multiple test procedure. Scandinavian J. Statistics 6, 1979.
 [Efron87]      Efron. Better bootstrap confidence intervals. J. Am. Stat. Assoc. 82, 1987.
@@ -49,6 +54,7 @@ _HOMES = {
     "plan": "Fate Plan",
     "surgery.apply": "apply mask",
     "implants": "merge",
+    "pruning": "prune",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [*_HOME, "HapError"]

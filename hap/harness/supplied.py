@@ -224,9 +224,12 @@ def short(budget: Budget, removed: Mapping[str, float]) -> bool:
 
 
 def agree(name: str, task: Task, pruned: nn.Module, chosen: Plan) -> None:
-    """Raises HapError where ranks have different plans, or the model lacks more or fewer parameters than its plan."""
+    """Raises HapError where ranks have different plans, or the model lacks more or fewer parameters than its plan,
+    which says what was added."""
     ranks.agreed(f"{task.name}: the plan", json.dumps(chosen.to_json()))
-    _same(name, "parameters", chosen.removed["params"], 1 - params(pruned) / params(task.model))
+    whole = params(task.model)
+    planned = chosen.removed["params"] - sum(chosen.added.values()) / whole
+    _same(name, "parameters", planned, 1 - params(pruned) / whole)
 
 
 def runs(name: str, task: Task, pruned: nn.Module) -> None:
@@ -259,7 +262,7 @@ def _planned(groups: Groups, budget: Budget, given: Plan) -> Plan:
         raise HapError(f"a plan that JSON can hold expected, found {type(error).__name__}: {error}") from None
     asked = {name: value for name, value in asdict(budget).items() if value is not None}
     more = {name: value for name, value in read.budget.items() if name not in UNITS}
-    return Plan.of(groups, read.fates(groups), more | asked)
+    return replace(Plan.of(groups, read.fates(groups), more | asked), added=read.added)
 
 
 def _same(name: str, what: str, planned: float, found: float) -> None:

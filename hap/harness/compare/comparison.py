@@ -34,6 +34,7 @@ from hap.harness.spec.functions import Ref, mistake, ready, resolve
 from hap.harness.spec.spec import Case, Claim, Spec, Stage, load_spec
 from hap.harness.train.step import memory_ran_out
 from hap.harness.verdicts.measures import Runs
+from hap.plan import Budget
 
 ROLES = ("score", "method", "implant")
 WHEN: dict[Stage, str] = {"one_shot": "before fine-tuning", "selected": "after fine-tuning"}
@@ -90,8 +91,12 @@ def baselines(spec: Spec, role: str, name: str | None = None) -> list[Case]:
 
 def alike(case: Case, other: Case) -> bool:
     """Whether two cases prune as much of the same network."""
-    first, second = ((each.task, each.prune, each.budget.unit, each.budget.target) for each in (case, other))
+    first, second = ((each.task, each.prune, *_amount(each.budget)) for each in (case, other))
     return first == second
+
+
+def _amount(budget: Budget) -> tuple[Any, ...]:
+    return budget.unit, budget.target, budget.ratios, budget.only, budget.except_
 
 
 def committed(spec: Spec, cases: Sequence[Case], results: Path, rerun: bool) -> dict[str, list[Run]]:
