@@ -6,6 +6,7 @@ session, and again when pyproject.toml or constraints.txt changed. `nox --no-ven
 
 import json
 import os
+import re
 import shutil
 import sys
 from hashlib import sha256
@@ -17,24 +18,36 @@ import nox
 ROOT = Path(__file__).parent
 VENV = ROOT / ".venv"
 STAMP = VENV / ".hap-stamp"
-MINORS = (11, 12, 13)  # of Python 3, as in pyproject.toml
 LEAST_BRANCHES = 95.0  # percent of hap/ that the tests must take
 WORKERS = min(4, os.cpu_count() or 1)
+SPREAD = ("-n", str(WORKERS), "--dist", "loadfile")  # a file to a worker, for its fixtures
+# a machine may forbid compiled files, and each of the hundred processes that tests start would compile everything
+KEPT = {"PYTHONDONTWRITEBYTECODE": ""}
 
-nox.needs_version = ">=2024.3.2"
+nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "judge", "tests"]
+SUPPORTED = nox.project.load_toml(ROOT / "pyproject.toml")["project"]["requires-python"]  # ">=3.11,<3.14"
+MINORS = range(*map(int, re.findall(r"3\.(\d+)", SUPPORTED)))
 session = nox.session(venv_backend="none")  # not nox's own environments: they cannot be shared
 
 
 @session
 def tests(session: nox.Session) -> None:
-    """Run the whole suite and state the branch coverage of hap/; with `-- ARGS`, run pytest with these alone."""
-    if session.posargs:
-        _run(session, "pytest", *session.posargs)
-        return
+    """Run the tests that are not slow; `-- --slow`: all; `-- --coverage`: all, measured; `-- ARGS`: pytest alone."""
+    if session.posargs == ["--coverage"]:
+        _covered(session)
+    elif session.posargs == ["--slow"]:
+        _run(session, "pytest", *SPREAD, "-m", "slow or not slow")
+    else:
+        _run(session, "pytest", *(session.posargs or SPREAD))
+
+
+def _covered(session: nox.Session) -> None:
+    """The tests, then the slow ones, and the branch coverage of hap/ over both."""
     _run(session, "coverage", "erase")
-    # not pytest-cov: `-p hap.harness.plugin` imports hap before that plugin could measure it
-    _run(session, "coverage", "run", "-m", "pytest", "-n", str(WORKERS))
+    for marked in ("not slow", "slow"):
+        # not pytest-cov: `-p hap.harness.plugin` imports hap before that plugin could measure it
+        _run(session, "coverage", "run", "-m", "pytest", *SPREAD, "-m", marked)
     _run(session, "coverage", "combine", "--quiet")
     _run(session, "coverage", "report")
     _run(session, "coverage", "json", "--quiet", "-o", ".coverage-branches.json")
@@ -47,9 +60,10 @@ def tests(session: nox.Session) -> None:
 
 @session
 def lint(session: nox.Session) -> None:
-    """Check the style of all Python files with ruff."""
+    """Check the style of all Python files with ruff, and the order of the rooms with import-linter."""
     _run(session, "ruff", "check", ".")
     _run(session, "ruff", "format", "--check", ".")
+    session.run(str(Path(_python(session)).with_name("lint-imports")), "--no-cache", external=True)
 
 
 @session
@@ -95,7 +109,7 @@ def nightly(session: nox.Session) -> None:
 
 
 def _run(session: nox.Session, *command: str) -> None:
-    session.run(_python(session), "-m", *command, external=True)
+    session.run(_python(session), "-m", *command, external=True, env=KEPT)
 
 
 def _python(session: nox.Session) -> str:

@@ -166,17 +166,12 @@ def merge(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, Patch) or not all(isinstance(part, _ConvNd) for part in module.parts):
         raise HapError(f"merge: a Patch of convolutions expected, found {type(module).__name__}")
-    convs = [part for part in module.parts if isinstance(part, _ConvNd)]
-    merged = copy.deepcopy(max(convs, key=lambda conv: conv.weight[0].numel()))
-    size = merged.weight.shape[2:]
-    pads = [[(w - k) // 2 for k, w in zip(c.weight.shape[:1:-1], size[::-1], strict=True) for _ in "01"] for c in convs]
-    rows = torch.cat([nn.functional.pad(c.weight.detach(), pad) for c, pad in zip(convs, pads, strict=True)])
-    tall = rows.new_zeros(module.width, *rows.shape[1:]).index_copy(0, module.places, rows)
-    merged.weight = nn.Parameter(tall.new_zeros(len(tall), module.given, *size).index_copy(1, module.take, tall))
-    if any(conv.bias is not None for conv in convs):
-        bias = torch.cat([c.weight.new_zeros(len(c.weight)) if c.bias is None else c.bias.detach() for c in convs])
-        merged.bias = nn.Parameter(bias.new_zeros(module.width).index_copy(0, module.places, bias))
-    merged.out_channels, merged.in_channels = module.width, module.given
+    merged = copy.deepcopy(max(module.parts, key=lambda conv: conv.get_parameter("weight")[0].numel()))
+    for name in ("weight", "bias"):
+        value = getattr(module, name)
+        merged.register_parameter(name, None if value is None else nn.Parameter(value.detach()))
+    for name in ("out_channels", "in_channels", "groups"):
+        setattr(merged, name, getattr(module, name))
     return merged
 
 

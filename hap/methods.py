@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from hap import HapError
 from hap.hessian.accumulate import Curvature
 from hap.hessian.exact import exact
-from hap.hessian.hooks import measuring, tracked
+from hap.hessian.hooks import measuring, ordinary, refuse_unfinite, tracked
 from hap.hessian.hutchinson import hutchinson
-from hap.hessian.losses import Batches, Loss
+from hap.hessian.losses import Batches, Loss, refuse_loss
 from hap.reconstruction import How, in_streams, ranks
-from hap.structure.groups import Groups
+from hap.structure.groups import Groups, describe_group
 from hap.structure.heads import slot_groups
 from hap.structure.layers import axis, evaluating, weight_of
 from hap.surgery.masking import silence
@@ -116,20 +116,26 @@ def magnitude(
     return (powers / _size(model, groups)) ** (1 / order)
 
 
+@torch.inference_mode(mode=False)
 def taylor(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator) -> Scores:
     """The squared first-order loss change when a group goes, (sum g w)^2, averaged over batches [Molchanov19]."""
+    refuse_loss(loss, "taylor", "mass")
     names = list(_weights(model, groups, lambda w: w))
     params = [model.get_parameter(name) for name in names]
     scores = []
     with measuring(model):
         for batch in batches:
-            slopes = torch.autograd.grad(loss(model, batch), params, materialize_grads=True)
+            if not float(loss.mass(batch[1])):
+                continue  # all of its targets are ignored
+            slopes = torch.autograd.grad(loss(model, ordinary(batch)), params, materialize_grads=True)
+            refuse_unfinite("taylor, gradient", dict(zip(names, slopes, strict=True)))
             scores.append(groups.reduce({n: g * p for n, g, p in zip(names, slopes, params, strict=True)}).square())
     if not scores:
-        raise HapError("taylor: calibration batches expected, found none")
+        raise HapError("taylor: calibration batches expected, found none with a target that counts")
     return torch.stack(scores).mean(0).cpu()
 
 
+@torch.inference_mode(mode=False)
 def michel(
     model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator, normalise: bool = True
 ) -> Scores:
@@ -140,15 +146,17 @@ def michel(
     # upstream: divides by the number of tokens, and in the last layer by that of sentences, of which one token counts:
     the same positions. # upstream: of the mean loss of a batch, where samples of a smaller batch weigh more.
     """
+    refuse_loss(loss, "michel", "call", "total")
     of, total, count = slot_groups(groups), torch.zeros(len(groups)), torch.zeros(len(groups))
     readers = {
         name: of[s.slots_at] for name, s in groups.shapes.items() if s.mixing and bool((of[s.slots_at] >= 0).any())
     }
     for inputs, targets in batches if readers else ():
-        outputs, reads = tracked(model, loss.call, inputs, readers)
+        outputs, reads = tracked(model, loss.call, ordinary(inputs), readers)
         with torch.enable_grad():  # the caller may have turned it off
             total_loss = loss.total(outputs, targets)
         slopes = torch.autograd.grad(total_loss, list(reads.values()), materialize_grads=True)
+        refuse_unfinite("michel, gradient by what is read", dict(zip(reads, slopes, strict=True)))
         for (name, c), slope in zip(reads.items(), slopes, strict=True):
             along, group = axis(model.get_submodule(name)), readers[name]
             effect = (c * slope).detach().movedim(along, -1).flatten(0, -2)[:, group >= 0]
@@ -165,22 +173,27 @@ def michel(
 
 def ablation(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator) -> Scores:
     """The loss that removing each group alone adds, measured: what the other scores estimate [Michel19, sec. 3.2]."""
+    refuse_loss(loss, "ablation", "call", "total", "mass")
     batches = list(batches)
     if not batches:
         raise HapError("ablation: calibration batches expected, found none")
+    refuse_unfinite("ablation", dict(model.named_parameters()))
 
-    def measured() -> Tensor:
+    def measured(what: str) -> Tensor:
         pairs = [(loss.total(loss.call(model, x), y).double(), loss.mass(y).double()) for x, y in batches]
         total, mass = (torch.stack(each).sum() for each in zip(*pairs, strict=True))
+        if not bool((total / mass).isfinite()):
+            found = f"found {float(total):g} over targets of mass {float(mass):g}"
+            raise HapError(f"ablation: a finite loss of the model {what} expected, {found}")
         return total / mass
 
     scores = []
     with torch.no_grad(), evaluating(model):
-        dense = measured()
+        dense = measured("as it is")
         for group in range(len(groups)):
             handles = silence(model, groups, groups.gone(torch.arange(len(groups)) == group))
             try:
-                scores.append(measured() - dense)
+                scores.append(measured(f"without {describe_group(groups, group)}") - dense)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -304,7 +317,9 @@ def _weights(model: nn.Module, groups: Groups, function: Any) -> dict[str, Tenso
     """A function of each weight that the groups are made of, by parameter name."""
     names = [weight_of(name) for name, shape in groups.shapes.items() if shape.mixing]
     names = names if groups.slot_group is None else groups.weights()
-    return {name: function(model.get_parameter(name).detach()) for name in names}
+    weights = {name: model.get_parameter(name).detach() for name in names}
+    refuse_unfinite("score", weights)
+    return {name: function(weight) for name, weight in weights.items()}
 
 
 def _size(model: nn.Module, groups: Groups) -> Scores:

@@ -15,8 +15,9 @@ from hap.hessian.losses import Loss
 from hap.implants import zero
 from hap.plan import Fate, Plan
 from hap.plan import cost as planned
+from hap.structure.diagnosis import refuse_random
 from hap.structure.groups import Groups
-from hap.structure.layers import Call, forward
+from hap.structure.layers import Call, failure, forward
 from hap.surgery.apply import Implant, Inputs, apply, mask
 from hap.surgery.head_implants import Passing
 
@@ -45,13 +46,16 @@ def check_groups(
     for trial in range(trials):
         chosen = random_plan(groups, rng, drop=(0.2, 0.5, 0.8)[trial % 3])
         small, oracle = apply(model, groups, chosen, zero).eval(), mask(model, groups, chosen).eval()
-        try:
-            found = _numbers(call(small, example))
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise HapError(f"check_groups: the pruned model does not run ({str(error).splitlines()[0]})") from error
-        expected = _numbers(call(oracle, example))
-        gap = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        found, expected = _outputs("pruned", small, example, call), _outputs("masked", oracle, example, call)
+        shapes = [[tuple(t.shape) for t in each] for each in (found, expected)]
+        if shapes[0] != shapes[1]:
+            raise HapError(
+                f"check_groups: outputs of the masked model's shapes {shapes[1]} expected, found {shapes[0]}"
+            )
+        one, other = (torch.cat([t.flatten() for t in each]) for each in (found, expected))
+        gap = float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
         if not gap <= tolerance:
+            refuse_random(oracle, example, call)
             raise HapError(f"check_groups: surgery and masking differ by {gap:.1e} relative, {tolerance:.0e} allowed")
         left = planned(groups, chosen.fates(groups)).params
         if left != cost.params(small):
@@ -89,8 +93,8 @@ def check_implant(implant: Implant, module: nn.Module, x: Tensor) -> None:
         shape = (y.shape[0], len(rows), *y.shape[2:])
         try:
             found = made(x.index_select(1, slots)).shape
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise HapError(f"check_implant: it does not run ({str(error).splitlines()[0]})") from error
+        except Exception as error:  # whatever a stranger's forward raises
+            raise HapError(f"check_implant: it does not run ({failure(error, made)})") from error
         if tuple(found) != shape:
             raise HapError(f"check_implant: output of shape {shape} expected, found {tuple(found)}")
     if any(not torch.equal(value, before[name]) for name, value in module.state_dict().items()):
@@ -109,8 +113,8 @@ def check_head_implant(implant: Implant, module: nn.Linear, x: Tensor, c: Tensor
         made = implant(module, slots, passing)
         try:
             found = tuple(made(x).shape)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise HapError(f"check_head_implant: it does not run ({str(error).splitlines()[0]})") from error
+        except Exception as error:  # whatever a stranger's forward raises
+            raise HapError(f"check_head_implant: it does not run ({failure(error, made)})") from error
         if found != (len(x), module.out_features):
             raise HapError(f"check_head_implant: {(len(x), module.out_features)} numbers expected, found {found}")
         weights, most = sum(p.numel() for p in made.parameters() if p.dim() > 1), rank * (x.shape[1] + found[1])
@@ -120,5 +124,14 @@ def check_head_implant(implant: Implant, module: nn.Linear, x: Tensor, c: Tensor
         raise HapError("check_head_implant: the module was changed; build a new one")
 
 
-def _numbers(output: Any) -> Tensor:
-    return torch.cat([t.flatten() for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()])
+def _outputs(which: str, model: nn.Module, example: Any, call: Call) -> list[Tensor]:
+    """The floating-point tensors of a forward pass; HapError, with the module and the cause, where it fails."""
+    try:
+        output = call(model, example)
+    except Exception as error:  # whatever a stranger's forward raises
+        raise HapError(f"check_groups: the {which} model does not run ({failure(error, model)})") from error
+    found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
+    if not found:
+        kind = type(output).__name__
+        raise HapError(f"check_groups: a floating-point tensor in the output expected, found a {kind}; pass call=")
+    return found

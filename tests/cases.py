@@ -142,6 +142,61 @@ def _sequence(*shape: int) -> Tensor:
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
 
 
+class Blurred(nn.Module):
+    """Attention over the positions of an image by a module that must be left whole."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(2).transpose(1, 2)
+        return self.mix(y, y, y, need_weights=False)[0].transpose(1, 2).reshape(x.shape)
+
+
+class Joined(nn.Module):
+    """An embedding that ends in a sum of two normalised branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = (nn.Conv2d(*size, 3, padding=1) for size in ((3, 6), (6, 8), (6, 8)))
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return (self.norms[0](self.left(x)) + self.norms[1](self.right(x))).mean((2, 3))
+
+
+def normed(*tail: nn.Module) -> nn.Module:
+    """Two convolutions, BatchNorm and what comes after it."""
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)]
+    return nn.Sequential(*layers, *tail)
+
+
+def tokens_normed() -> nn.Module:
+    """Linear layers, BatchNorm over features, then LayerNorm."""
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.LayerNorm(8), nn.Linear(8, 5)
+    )
+
+
+# what follows a BatchNorm freezes its rows, so that the rows that feed it are frozen too
+FROZEN_NORMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "last": (normed, _image),
+    "pooled": (lambda: normed(nn.AdaptiveAvgPool2d(1), nn.Flatten()), _image),
+    "prelu": (lambda: normed(nn.PReLU(8), nn.Conv2d(8, 4, 1)), _image),
+    "groupnorm": (lambda: normed(nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)), _image),
+    "response": (lambda: normed(nn.LocalResponseNorm(3), nn.Conv2d(8, 4, 1)), _image),
+    "layernorm": (tokens_normed, lambda: _sequence(6)),
+    "twice": (lambda: normed(nn.ReLU(), nn.BatchNorm2d(8)), _image),
+    "instance": (lambda: normed(nn.InstanceNorm2d(8, affine=True, track_running_stats=True)), _image),
+    "depthwise": (lambda: normed(nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8)), _image),
+    "joined": (Joined, _image),
+    "opaque": (lambda: normed(Blurred(8), nn.Conv2d(8, 4, 1)), _image),
+}
+OPAQUE = {"opaque": ["4"]}
+
+
 SMALL: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "mlp": (mlp, lambda: _sequence(6)),
     "plain": (plain, _image),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from hap import Budget, CrossEntropy, HapError, couple, hutchinson, trace
-from hap.methods import agree, hessian_trace, magnitude, random, taylor, uniform
+from hap.methods import ablation, agree, hessian_trace, magnitude, random, taylor, uniform
 from hap.plan import Fate, plan
 from hap.testing import check_score
 
@@ -182,6 +182,57 @@ def test_each_score_passes_the_kit(method, name):
     model, batches, groups = setting(name, "union")
     model.train()
     check_score(SCORES[method], model, CrossEntropy(), batches, groups)
+
+
+@pytest.mark.parametrize("score", [taylor, hessian_trace, ablation], ids=["taylor", "hessian_trace", "ablation"])
+def test_a_batch_of_ignored_targets_changes_no_score(score):
+    model, batches, groups = setting("mlp")
+    ignored = (batches[0][0], torch.full_like(batches[0][1], -100))
+    found, expected = (
+        score(model, CrossEntropy(), b, groups, rng=torch.Generator().manual_seed(0))
+        for b in ([ignored, *batches], batches)
+    )
+    assert torch.allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "score", [magnitude, uniform, taylor, hessian_trace, ablation], ids=lambda score: score.__name__
+)
+def test_a_weight_that_is_not_finite_is_refused_by_each_score_with_its_name(score):
+    model, batches, groups = setting("mlp")
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.nan
+    with pytest.raises(HapError, match=r"finite numbers expected, found 1 of 56 in 2.weight that are not"):
+        score(model, CrossEntropy(), batches, groups, rng=torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("score", "says"),
+    [
+        (taylor, "taylor, gradient: finite numbers expected, found 48 of 48 in 0.weight that are not"),
+        (ablation, "ablation: a finite loss of the model as it is expected, found nan"),
+    ],
+)
+def test_a_slope_or_a_loss_that_is_not_finite_is_refused_by_name(score, says):
+    model, [(x, y), *_], groups = setting("mlp")
+    with pytest.raises(HapError, match=f"^{says}"):
+        score(model, CrossEntropy(), [(x * torch.nan, y)], groups, rng=torch.Generator())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("score", [taylor, ablation])
+def test_a_loss_of_torch_is_refused_by_the_scores_that_need_more(score):
+    model, batches, groups = setting("mlp")
+    with pytest.raises(HapError, match=f"^{score.__name__}: a loss with .*mass expected"):
+        score(model, torch.nn.CrossEntropyLoss(), batches, groups, rng=torch.Generator())
+
+
+def test_a_score_under_inference_mode_is_that_outside():
+    model, batches, groups = setting("mlp")
+    expected = taylor(model, CrossEntropy(), batches, groups, rng=torch.Generator())
+    with torch.inference_mode():
+        found = taylor(model, CrossEntropy(), [(x.clone(), y) for x, y in batches], groups, rng=torch.Generator())
+    assert torch.equal(found, expected)
 
 
 def test_wrong_options_are_refused(unchecked):

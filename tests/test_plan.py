@@ -152,7 +152,7 @@ def test_an_impossible_budget_says_how_much_is_possible():
     ("scores", "says"),
     [
         (torch.rand(3), r"one number for each of 64 groups expected, found shape \[3\]"),
-        (torch.full((64,), torch.nan), "finite numbers expected, found 64 that are not"),
+        (torch.full((64,), torch.nan), "finite numbers expected, found 64 that are not, the first that of row 0 of "),
     ],
 )
 def test_scores_that_are_not_one_finite_number_a_group_are_refused(scores, says):

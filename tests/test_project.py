@@ -1,10 +1,8 @@
 """The files around the package agree with each other, and what the documents tell people to write works."""
 
-import ast
 import csv
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -18,19 +16,17 @@ import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from torch import nn
 from torchvision.models import resnet18
 
 from hap import CrossEntropy, couple, trace
-from hap.harness.records.store import load_model
+from hap.harness.models import load_model
 from hap.harness.run import run
 from hap.harness.spec.spec import load_spec
 from hap.testing import check_groups, check_implant, check_score
 
 ROOT = Path(__file__).parents[1]
-SESSIONS = {"tests", "lint", "types", "reproduce", "judge", "figures", "bench", "nightly"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
 LIBRARY = (ROOT / "hap" / "README.md").read_text()
@@ -38,25 +34,6 @@ SPECS = (ROOT / "reproductions" / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 MACHINE_PATHS = re.compile(r"(?<![\w.~/-])/(work|root|home/\w+|Users/\w+|tmp/\w+)/")
 TEXT = {".cff", ".csv", ".json", ".md", ".py", ".toml", ".txt", ""}
-
-
-def test_each_session_has_a_docstring_of_one_line() -> None:
-    found = {f.name: ast.get_docstring(f) for f in _noxfile().body if isinstance(f, ast.FunctionDef) and _session(f)}
-    assert found.keys() == SESSIONS
-    assert all(text and "\n" not in text for text in found.values())
-
-
-def test_all_sessions_share_one_environment() -> None:
-    text = (ROOT / "noxfile.py").read_text()
-    assert 'session = nox.session(venv_backend="none")' in text
-    assert 'VENV = ROOT / ".venv"' in text
-
-
-def test_the_supported_pythons_are_those_of_the_noxfile() -> None:
-    assigned = {n.targets[0].id: n.value for n in _noxfile().body if isinstance(n, ast.Assign) and _named(n)}
-    wanted = SpecifierSet(PROJECT["requires-python"])
-    minors = ast.literal_eval(assigned["MINORS"])
-    assert minors == tuple(minor for minor in range(40) if f"3.{minor}.5" in wanted)
 
 
 @pytest.mark.parametrize("line", [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())])
@@ -90,7 +67,7 @@ def test_version_and_citation_agree() -> None:
 def test_the_commands_of_the_documents_are_sessions() -> None:
     assert "    python -m pip install nox && nox -s reproduce\n    nox -s tests\n" in README
     named = set(re.findall(r"nox -s (\w+)", README + CONTRIBUTING + (ROOT / ".ci" / "run").read_text()))
-    assert named <= SESSIONS
+    assert named <= set(re.findall(r"^@session\ndef (\w+)", (ROOT / "noxfile.py").read_text(), flags=re.MULTILINE))
     assert {"reproduce", "tests"} <= named
 
 
@@ -113,10 +90,7 @@ def test_the_changelog_tells_which_results_moved() -> None:
     assert "## [Unreleased]" in headings
 
 
-def test_ci_runs_the_command_of_the_readme() -> None:
-    script = (ROOT / ".ci" / "run").read_text()
-    words = [shlex.split(line, comments=True) for line in script.splitlines()]
-    assert ["$nox", "-s", "tests", "||", "failed=1"] in words
+def test_the_script_of_ci_is_bash() -> None:
     assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"]).returncode == 0
 
 
@@ -228,18 +202,6 @@ def _block(text: str, name: str) -> str:
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-def _noxfile() -> ast.Module:
-    return ast.parse((ROOT / "noxfile.py").read_text())
-
-
-def _session(function: ast.FunctionDef) -> bool:
-    return any(isinstance(mark, ast.Name) and mark.id == "session" for mark in function.decorator_list)
-
-
-def _named(node: ast.Assign) -> bool:
-    return isinstance(node.targets[0], ast.Name)
 
 
 def _constraints() -> dict[str, str]:

@@ -221,3 +221,96 @@ def spoiling(module, slots, inputs):
 def test_a_faulty_implant_of_heads_is_named(fault, says):
     with pytest.raises(HapError, match=says):
         heads_of(fault)
+
+
+class Stubborn(nn.Module):
+    """A forward pass that fails in its own way once its first layer is narrower."""
+
+    def __init__(self, fail):
+        super().__init__()
+        self.first, self.last, self.fail = nn.Linear(4, 6), nn.Linear(6, 3), Failing(fail)
+
+    def forward(self, x):
+        return self.last(self.fail(self.first(x).relu()))
+
+
+class Failing(nn.Module):
+    def __init__(self, fail):
+        super().__init__()
+        self.fail = fail
+
+    def forward(self, x):
+        if x.shape[-1] != 6:
+            self.fail(x)
+        return x
+
+
+def asserts(x):
+    assert x.shape[-1] == 6
+
+
+def looks_up(x):
+    return {6: "six"}[0]
+
+
+def reads(x):
+    return x.no_such_attribute
+
+
+def stops(x):
+    raise StopIteration
+
+
+@pytest.mark.parametrize("fail", [asserts, looks_up, reads, stops], ids=lambda fail: fail.__name__)
+def test_any_failure_of_the_pruned_model_is_one_line_with_the_module_and_the_cause(fail):
+    torch.manual_seed(0)
+    model, x = Stubborn(fail).eval(), torch.randn(8, 4)
+    groups = couple(model, trace(model, x))
+    kind = {asserts: "AssertionError", looks_up: "KeyError: 0", reads: "AttributeError", stops: "StopIteration"}[fail]
+    with pytest.raises(HapError) as caught:
+        check_groups(model, x, groups)
+    assert f"check_groups: the pruned model does not run (fail (Failing): {kind}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failure_of_the_masked_model_alone_is_one_line_too():
+    class Spread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            if (x == 0).all(0).any():
+                raise LookupError("a channel is silent")
+            return self.last(x)
+
+    torch.manual_seed(0)
+    model, x = Spread().eval(), torch.randn(8, 4)
+    says = r"the masked model does not run \(the model \(Spread\): LookupError: a channel is silent\)"
+    with pytest.raises(HapError, match=says):
+        check_groups(model, x, couple(model, trace(model, x)))
+
+
+def test_outputs_of_another_shape_are_said_with_both_shapes(monkeypatch):
+    model, batches, groups = setting("mlp")
+    monkeypatch.setattr(testing, "apply", lambda model, groups, chosen, implant: nn.Sequential(*model, nn.Flatten(0)))
+    says = r"outputs of the masked model's shapes \[\(2, 5\)\] expected, found \[\(10,\)\]"
+    with pytest.raises(HapError, match=says):
+        check_groups(model, batches[0][0], groups)
+
+
+def test_an_output_without_numbers_is_said():
+    model, batches, groups = setting("mlp")
+    with pytest.raises(HapError, match="a floating-point tensor in the output expected, found a Tensor; pass call="):
+        check_groups(model, batches[0][0], groups, call=lambda model, x: model(x).argmax(1))
+
+
+def test_an_implant_that_fails_in_its_own_way_is_found():
+    def forgetful(module, rows, inputs):
+        made = centre_tap(module, rows, inputs)
+        made.forward = lambda x: {}["rows"]
+        return made
+
+    with pytest.raises(HapError, match=r"check_implant: it does not run \(the model \(Conv2d\): KeyError: 'rows'\)"):
+        check_implant(forgetful, nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 6, 6))

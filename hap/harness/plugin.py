@@ -18,7 +18,12 @@ import pytest
 from hap import HapError
 
 if TYPE_CHECKING:
+    from hap.harness.processes.workers import Executor
     from hap.harness.verdicts.judge import Verdict
+
+
+# what makes records; a plugin of the caller may put another in its place
+EXECUTOR: "pytest.StashKey[Executor]" = pytest.StashKey()
 
 
 class Stop(Exception):  # noqa: N818 - not an error of ours but the one line that a failed claim leaves
@@ -40,6 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "check: a spec reads and the functions it names exist")
     config.addinivalue_line("markers", "run: makes the evidence of one case and seed; nothing to do where it exists")
     config.addinivalue_line("markers", "claim: judges a claim on the evidence there is, without a run")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends the process that made records."""
+    close = getattr(config.stash.get(EXECUTOR, None), "close", None)
+    if close is not None:
+        close()
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "SpecFile | None":
@@ -67,7 +79,7 @@ class SpecFile(pytest.File):
             return
         results = self.config.getoption("--results") or self.path.parent.parent / "results"
         for case in spec.cases.values():
-            for seed in spec.seeds:
+            for seed in spec.first:
                 yield self._item(f"run[{case.name}-seed{seed}]", "run", partial(_run, spec, case, seed, results))
         for index, claim in enumerate(spec.claims):
             name = f"claim[{index + 1}-{_slug(claim.text)}]"
@@ -132,15 +144,17 @@ def _check(error: str | None, item: SpecItem) -> None:
 
 
 def _run(spec: Any, case: Any, seed: int, results: Path, item: SpecItem) -> None:
-    from hap.harness.records import store
+    from hap.harness.make import Job, alone, attempt
+    from hap.harness.processes.workers import Worker
     from hap.harness.spec.spec import require
     from hap.harness.task import MissingData
 
-    again, item.file.judged = item.config.getoption("--again"), None
+    again, command = item.config.getoption("--again"), alone(item.path, case, seed, results)
+    job, item.file.judged = Job(case, seed, results, again, command), None
     try:
-        if again or not store.path(results, case, seed).exists():
+        if job.missing:
             require(spec)
-        store.ensure(case, seed, results, again=again)
+        attempt(job, item.config.stash.setdefault(EXECUTOR, Worker()))
     except MissingData as error:
         pytest.skip(str(error))
 

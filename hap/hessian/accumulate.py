@@ -87,7 +87,8 @@ class Tally:
         """The means over all samples."""
         if not self.sums:
             raise HapError("curvature: calibration batches expected, found none")
-        mass = float(self.mass)
+        if not (mass := float(self.mass)):
+            raise HapError(f"curvature: targets that count expected, found {self.samples} that are ignored or weigh 0")
         diagonal = {name: value / mass for name, value in self.sums.items()}
         whole = max(sum(float(v.sum(dtype=torch.float64)) for v in self.sums.values()), 1e-300)
         traces = None if self.groups is None else self.groups.reduce(_weights(diagonal, self.groups)).cpu()

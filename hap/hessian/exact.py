@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hap import HapError
 from hap.hessian.accumulate import Curvature, Tally, join
-from hap.hessian.hooks import Seen, chunks, counting, measuring, see
+from hap.hessian.hooks import Seen, chunks, counting, measuring, refuse_unfinite_diagonal, refuse_without_layers, see
 from hap.hessian.hutchinson import hutchinson
 from hap.hessian.linearity import piecewise_linear, refuse_shared, sources
-from hap.hessian.losses import Batches, Loss
+from hap.hessian.losses import Batches, Loss, refuse_loss
 from hap.hessian.persample import Per, is_known, positions, squared_gradients
 from hap.structure.groups import Groups
 from hap.structure.layers import is_mixing, name_of
@@ -32,6 +32,7 @@ MEMORY = {"cpu": 2**29}  # bytes: on a CPU what is held should not be far from t
 MEMORY_ELSEWHERE = 2**31
 
 
+@torch.inference_mode(mode=False)
 def exact(
     model: nn.Module,
     loss: Loss,
@@ -58,6 +59,7 @@ def exact(
     that one pass may hold, which sets how many samples it has. The model runs in eval mode and is left as it was found.
     """
     _check(columns, share, rng, memory)
+    refuse_loss(loss, "exact", "call", "mass", "columns")
     if per == "row" and groups is not None and groups.slot_group is not None:
         raise HapError("exact: per='weight' expected for groups that have columns, found 'row'")
     layers, strange = _sort(model, of, unknown)
@@ -76,6 +78,7 @@ def exact(
             for inputs, targets in chunks([batch], size):
                 way.add(tally, params, inputs, targets)
     found = tally.result()
+    refuse_unfinite_diagonal("exact", model, found.diagonal)
     if share is not None and found.drawn > share:
         warnings.warn(f"exact: {found.drawn:.3g} of the trace was drawn, not {share:g}; give columns", stacklevel=2)
     if unknown is None or rng is None or not strange:
@@ -185,5 +188,5 @@ def _sort(model: nn.Module, of: str | Sequence[str], unknown: int | None) -> tup
         else:
             strange += [name_of(name, each) for each in own]
     if not layers:
-        raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
+        refuse_without_layers(model)
     return layers, strange

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map
 from hap import HapError
 from hap.hessian.losses import Batches, Loss
 from hap.hessian.persample import even
-from hap.structure.layers import Call, evaluating, first_tensor, is_mixing, weight_of
+from hap.structure.kernels import sound
+from hap.structure.layers import Call, evaluating, first_tensor, is_mixing, refuse_hidden, uncompiled, weight_of
 
 
 class Seen(NamedTuple):
@@ -31,21 +32,53 @@ def measuring(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[
     if names is None:
         names = [weight_of(name) for name, module in model.named_modules() if is_mixing(module)]
         if not names:
-            raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
+            refuse_without_layers(model)
     for name in names:
         layer, _, own = name.rpartition(".")
         if not isinstance(model.get_submodule(layer)._parameters.get(own), nn.Parameter):
             raise HapError(f"curvature: the {own} of {layer} is computed from others; make it a parameter first")
+    if made := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_inference()]:
+        raise HapError(f"curvature: {made[0]} was made under torch.inference_mode, so pass copy.deepcopy(model)")
+    refuse_unfinite("curvature", dict(model.named_parameters()))
     wanted = {name: model.get_parameter(name) for name in names}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for p, _ in flags:
             p.requires_grad_(any(p is each for each in wanted.values()))
-        with torch.enable_grad(), evaluating(model), _affine(model):
+        with torch.enable_grad(), uncompiled(model), evaluating(model), _affine(model), sound(model):
             yield wanted
     finally:
         for p, needed in flags:
             p.requires_grad_(needed)
+
+
+def refuse_without_layers(model: nn.Module) -> NoReturn:
+    """HapError for a model in which no layer is seen, with what to do where it hides them."""
+    for name, module in model.named_modules():
+        refuse_hidden(name, module)
+    raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
+
+
+def refuse_unfinite(who: str, values: Mapping[str, Tensor]) -> None:
+    """HapError with the name of the first of these tensors that holds NaN or an infinity; one wait for the device."""
+    known = {name: t.detach() for name, t in values.items() if t.is_floating_point()}
+    flags = [t.isfinite().all() for t in known.values()]
+    if not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()):
+        return
+    name = next(name for name, flag in zip(known, flags, strict=True) if not flag)
+    wrong = int((~known[name].isfinite()).sum())
+    raise HapError(f"{who}: finite numbers expected, found {wrong} of {known[name].numel()} in {name} that are not")
+
+
+def refuse_unfinite_diagonal(who: str, model: nn.Module, diagonal: Mapping[str, Tensor]) -> None:
+    """HapError where a diagonal is not finite, with the buffer that may be the cause."""
+    try:
+        refuse_unfinite(f"{who}, diagonal", diagonal)
+    except HapError as error:
+        spoilt = [name for name, t in model.named_buffers() if t.is_floating_point() and bool(t.isnan().any())]
+        look = "see whether inputs and outputs are finite and all targets classes"
+        cause = f"the buffer {spoilt[0]} holds NaN" if spoilt else look
+        raise HapError(f"{error}; {cause}") from None
 
 
 def see(
@@ -118,10 +151,15 @@ def chunks(batches: Batches, size: int) -> Iterator[tuple[Any, Tensor]]:
             yield tree_map(partial(_cut, part), inputs), targets[part]
 
 
+def ordinary(inputs: Any) -> Any:
+    """The inputs, those copied that were made under torch.inference_mode: autograd cannot record what reads them."""
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, inputs)
+
+
 def _cut(part: slice, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    cut = value[part]
+    cut = ordinary(value)[part]
     return cut.contiguous(memory_format=torch.channels_last) if cut.dim() == 4 else cut
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hap import HapError
 from hap.hessian.accumulate import ESTIMATE, Curvature
-from hap.hessian.hooks import counting, measuring
-from hap.hessian.losses import Batches, Loss
+from hap.hessian.hooks import counting, measuring, ordinary, refuse_unfinite_diagonal
+from hap.hessian.losses import Batches, Loss, refuse_loss
 from hap.structure.groups import Groups
 from hap.structure.layers import plain_kernels
 
@@ -21,6 +21,7 @@ SMALL = 12 * 2**20  # bytes that a batch leaves in memory; below them a step of 
 TOGETHER = 8  # probes in such a step
 
 
+@torch.inference_mode(mode=False)
 def hutchinson(
     model: nn.Module,
     loss: Loss,
@@ -45,6 +46,7 @@ def hutchinson(
     default several where layers are so small that a step costs more than its arithmetic.
     """
     _check(probes, every, together)
+    refuse_loss(loss, "hutchinson", "mass")
     if until is not None and not isinstance(batches, Sequence):
         batches = list(batches)
     sums, rounds = Probes(), [probes]
@@ -53,10 +55,13 @@ def hutchinson(
     with plain_kernels(), measuring(model, names) as params:
         for count in rounds:
             for batch in batches:
+                if not (mass := float(loss.mass(batch[1]))):  # the one wait a batch
+                    continue  # all of its targets are ignored
                 found = _estimates(model, loss, batch, params, count, rng, block, together)
-                sums.add(found, float(loss.mass(batch[1])), groups, len(batch[1]))  # the one wait a batch
+                sums.add(found, mass, groups, len(batch[1]))
             sums.close(count)
             result = sums.result(1 + 2 * sums.probes * (len(params) if block else 1))
+            refuse_unfinite_diagonal("hutchinson", model, result.diagonal)
             if until is not None and until(result):
                 break
     return result
@@ -98,7 +103,7 @@ class Probes:
     def result(self, backwards: int) -> Curvature:
         """The mean by mass, and its standard error from the spread within each round and batch."""
         if not self.squares:
-            raise HapError("curvature: calibration batches expected, found none")
+            raise HapError("curvature: calibration batches expected, found none with a target that counts")
         halves = [self.sums.get(f"{TRACE} {i}") for i in (1, 0)]
         counts = (self.probes + 1) // 2, self.probes // 2
         mean = {name: self.sums[name] / (self.mass * self.probes) for name in self.squares}
@@ -119,7 +124,7 @@ def _estimates(
     """v * Hv of one batch, probe by probe."""
     weights = list(params.values())
     with counting(model) as saved:
-        value = loss(model, batch)
+        value = loss(model, ordinary(batch))
     # create_graph in grad, never in backward: that would leave the parameters in cycles with their gradients
     slopes = torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True)
     if together is None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -51,6 +52,8 @@ class Loss(Protocol):
 class CrossEntropy:
     """Softmax cross-entropy of `call(model, inputs)` and class indices, in nats, with torch's smoothing and weights.
 
+    A sample whose target is `ignore_index` counts nowhere, as in torch: not in the loss, its mass or its Hessian.
+
     The Hessian in the logits of a sample is a (diag(p) - p p^T), where a is the total weight of the sample's targets:
     the covariance of a class drawn from p. It is a sum of squares over the classes in any order, each against the mean
     of those that follow it: with r_c the probability of class c and of all that follow, and m_c the mean of e over
@@ -61,20 +64,28 @@ class CrossEntropy:
     call: Call = forward
     label_smoothing: float = 0.0
     weight: Tensor | None = None
+    ignore_index: int = -100
 
     def __call__(self, model: nn.Module, batch: Any) -> Float[Tensor, ""]:
-        """The mean loss of a batch (inputs, targets)."""
-        return self.total(self.call(model, batch[0]), batch[1]) / self.mass(batch[1])
+        """The mean loss of a batch (inputs, targets); 0, where torch gives NaN, if all of its targets are ignored."""
+        total, mass = self.total(self.call(model, batch[0]), batch[1]), self.mass(batch[1])
+        return total / mass.where((batch[1] != self.ignore_index).any(), 1)
 
     def total(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
         """The summed loss."""
         _check(outputs, targets)
+        # on a device a wrong class stops the kernel: to look first would make each step of a training wait
+        if targets.device.type == "cpu":
+            _check_classes(outputs.shape[1], targets, self.ignore_index)
+        how: dict[str, Any] = {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
         weight = None if self.weight is None else self.weight.to(outputs)
-        return F.cross_entropy(outputs, targets, weight, reduction="sum", label_smoothing=self.label_smoothing)
+        return F.cross_entropy(outputs, targets, weight, reduction="sum", **how)
 
     def mass(self, targets: Tensor) -> Tensor:
-        """The number of samples, or the sum of their class weights."""
-        return torch.ones_like(targets).sum() if self.weight is None else self.weight.to(targets.device)[targets].sum()
+        """The number of samples whose target is not ignored, or the sum of the class weights of these targets."""
+        if self.weight is None:
+            return (targets != self.ignore_index).sum()
+        return self._own(self.weight.to(targets.device), targets).sum()
 
     def columns(self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None) -> Columns:
         """One column for each class but one; or for each of a sample's k likeliest and one drawn from the rest.
@@ -96,21 +107,39 @@ class CrossEntropy:
             rest = F.pad(p[:, count:], (count, 0)) / r[:, count, None]
             last = _draw(rest, rng) - rest
             vectors = torch.cat([vectors, r[:, count, None, None].sqrt() * last[:, None]], 1)
-        weight = torch.ones_like(p[0]) if self.weight is None else self.weight.to(p)
-        a = (1 - self.label_smoothing) * weight[targets] + self.label_smoothing * weight.mean()
-        vectors = vectors * a.sqrt()[:, None, None]
+        vectors = vectors * self._heights(targets, p).sqrt()[:, None, None]
         placed = torch.zeros_like(vectors).scatter(-1, order[:, None].expand_as(vectors), vectors)
         return Columns(placed.transpose(0, 1), drawn)
 
     def enough(self, outputs: Tensor, targets: Tensor, share: float) -> int:
         """The least k for which the columns left out have at most half of `share` of the trace in the outputs.
 
-        Half, for the trace in the weights is not shared out as that in the outputs is.
+        Half, for the trace in the weights is not shared out as that in the outputs is. Samples count as in the loss.
         """
         p = outputs.detach().softmax(-1).double().sort(-1, descending=True).values
         r, squares = (t.flip(-1).cumsum(-1).flip(-1) for t in (p, p.square()))
-        left = (r - squares / r.clamp_min(1e-300)).sum(0)
+        left = ((r - squares / r.clamp_min(1e-300)) * self._heights(targets, p)[:, None]).sum(0)
         return int((left > share / 2 * left[0]).sum())
+
+    def _heights(self, targets: Tensor, like: Tensor) -> Float[Tensor, "batch"]:
+        """The total weight a of each sample's targets; 0 where the target is ignored."""
+        weight = torch.ones_like(like[0]) if self.weight is None else self.weight.to(like)
+        kept, smoothed = targets != self.ignore_index, self.label_smoothing * weight.mean()
+        return (1 - self.label_smoothing) * self._own(weight, targets) + smoothed * kept
+
+    def _own(self, weight: Tensor, targets: Tensor) -> Float[Tensor, "batch"]:
+        """The weight of each target's class; 0 where it is ignored.
+
+        Nothing waits for a device: there a target that is no class has NaN, which is refused when all is measured.
+        """
+        kept = targets != self.ignore_index
+        index = targets.where(kept, 0)
+        try:
+            own = weight.index_select(0, index if index.device.type == "cpu" else index.clamp(0, len(weight) - 1))
+        except (IndexError, RuntimeError):
+            _check_classes(len(weight), targets, self.ignore_index)
+            raise
+        return own.where((index >= 0) & (index < len(weight)), torch.nan) * kept
 
 
 def _draw(weights: Float[Tensor, "batch outputs"], rng: torch.Generator | None) -> Float[Tensor, "batch outputs"]:
@@ -130,9 +159,21 @@ def _check_count(k: int | None, rng: torch.Generator | None) -> None:
 
 def _check(outputs: Any, targets: Tensor) -> None:
     _check_outputs(outputs)
+    if outputs.shape[1] == 1:
+        do = "for two classes by one logit pass call=lambda model, x: torch.nn.functional.pad(model(x), (1, 0))"
+        raise HapError(f"cross-entropy: a logit for each of 2 or more classes expected, found 1; {do}")
     if targets.dtype != torch.long or targets.shape != outputs.shape[:1]:
         found = f"{targets.dtype} of shape {tuple(targets.shape)}"
         raise HapError(f"cross-entropy: a class index for each of {len(outputs)} samples expected, found {found}")
+
+
+def _check_classes(classes: int, targets: Tensor, ignored: int) -> None:
+    if bool((wrong := (targets != ignored) & ((targets < 0) | (targets >= classes))).any()):
+        found = int(targets[wrong][0])
+        raise HapError(
+            f"cross-entropy: for {classes} logits targets from 0 to {classes - 1} expected, found {found}; give the "
+            f"model more logits, or pass ignore_index={found} to leave such samples out"
+        )
 
 
 def _check_outputs(outputs: Any) -> None:
@@ -152,7 +193,8 @@ class SquaredError:
         return self.total(self.call(model, batch[0]), batch[1]) / self.mass(batch[1])
 
     def total(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
-        """The summed loss."""
+        """The summed loss; HapError where outputs and targets differ in shape, which torch would broadcast."""
+        _check_alike(outputs, targets)
         return (outputs - targets).square().sum()
 
     def mass(self, targets: Tensor) -> Tensor:
@@ -162,6 +204,7 @@ class SquaredError:
     def columns(self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None) -> Columns:
         """Unit vectors times sqrt 2; with k, those of the first k outputs, and of one drawn from the rest."""
         _check_outputs(outputs)
+        _check_alike(outputs, targets)
         _check_count(k, rng)
         n, outs = outputs.shape
         vectors = 2**0.5 * torch.eye(outs, dtype=outputs.dtype, device=outputs.device)[:, None].expand(outs, n, outs)
@@ -173,3 +216,24 @@ class SquaredError:
     def enough(self, outputs: Tensor, targets: Tensor, share: float) -> int:
         """All but a share of the outputs, for none matters more than another."""
         return math.ceil((1 - share) * outputs.shape[-1])
+
+
+def _check_alike(outputs: Any, targets: Tensor) -> None:
+    """Whether outputs and targets are tensors of one shape."""
+    if not isinstance(outputs, Tensor) or outputs.shape != targets.shape:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise HapError(
+            f"squared error: outputs and targets of one shape expected, found {found} and {tuple(targets.shape)}; "
+            "reshape the targets, or pass call= that returns outputs like them"
+        )
+
+
+def refuse_loss(loss: Any, who: str, *parts: str) -> None:
+    """HapError where a loss lacks a part, an attribute of `Loss`, that the function `who` needs."""
+    if absent := [part for part in parts if not hasattr(loss, part)]:
+        kind = loss.__name__ if isinstance(loss, type | FunctionType) else type(loss).__name__
+        rest = "" if "columns" not in absent else "; hutchinson() needs only loss(model, batch) and loss.mass(targets)"
+        raise HapError(
+            f"{who}: a loss with {', '.join(parts)} expected, as hap.CrossEntropy() or hap.SquaredError(), "
+            f"found {kind} without {absent[0]}{rest}"
+        )

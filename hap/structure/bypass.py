@@ -3,6 +3,8 @@
 Within a forward pass the `Lender` keeps what it reads, and the `Borrower` behind it takes that, once.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -19,6 +21,14 @@ class Relay:
         return {"name": self.name, "held": None}
 
 
+def _answer(module: nn.Module, name: str) -> Any:
+    """What the layer of a module has under this name, for forward passes that read `in_features` or `weight`."""
+    layer = vars(module).get("_modules", {}).get("layer")
+    if layer is None or name.startswith("_") or name in vars(module)["_modules"]:
+        return nn.Module.__getattr__(module, name)
+    return getattr(layer, name)
+
+
 class Lender(nn.Module):
     """A layer that leaves what it reads for a Borrower."""
 
@@ -26,6 +36,10 @@ class Lender(nn.Module):
         """`relay`: that of the Borrower."""
         super().__init__()
         self.layer, self.relay, self.training = layer, relay, layer.training
+
+    def __getattr__(self, name: str) -> Any:
+        """What the layer has under this name."""
+        return _answer(self, name)
 
     def forward(self, input: Tensor) -> Tensor:
         """What the layer writes."""
@@ -40,6 +54,10 @@ class Borrower(nn.Module):
         """`implant`: from what the Lender reads to what the layer writes, position by position."""
         super().__init__()
         self.layer, self.implant, self.relay, self.training = layer, implant, relay, layer.training
+
+    def __getattr__(self, name: str) -> Any:
+        """What the layer has under this name."""
+        return _answer(self, name)
 
     def forward(self, input: Tensor) -> Tensor:
         """What the layer writes, and the implant's part."""

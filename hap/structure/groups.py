@@ -132,6 +132,7 @@ class Groups:
         return norm, read[row[mine].argsort()] - self.shapes[norm].first_slot
 
 
+@torch.inference_mode(mode=False)
 def couple(model: nn.Module, feeds: Feeds, how: Literal["tied", "union"] = "tied") -> Groups:
     """Turn the relation row -> slot into groups.
 
@@ -145,6 +146,7 @@ def couple(model: nn.Module, feeds: Feeds, how: Literal["tied", "union"] = "tied
     n = len(feeds.frozen_rows)
     unfed = torch.ones_like(feeds.frozen_slots).index_fill_(0, feeds.edges[1], False)
     fixed, tying = feeds.frozen_slots.clone(), torch.ones_like(unfed)
+    fixed[twins[1][feeds.frozen_rows[twins[0]]]] = True  # what freezes a norm's rows freezes the rows that feed it
     if how == "union":
         tying = _upstream_of(feeds, twins, ambiguous(feeds).index_fill_(0, grouped[1], True))
         fixed |= unfed & tying
@@ -159,6 +161,13 @@ def couple(model: nn.Module, feeds: Feeds, how: Literal["tied", "union"] = "tied
     frozen[label[:n][feeds.edges[0][fixed[feeds.edges[1]]]]] = True
     frozen[label[n:][fixed & tying]] = True
     return _number(model, feeds, shapes, label[:n], frozen)
+
+
+def describe_group(groups: Groups, group: int) -> str:
+    """The first row of a group, with its module, for a message."""
+    row = int((groups.row_group == group).nonzero()[0])
+    name, s = next((name, s) for name, s in groups.shapes.items() if s.rows_at.start <= row < s.rows_at.stop)
+    return f"row {row - s.first_row} of {name}"
 
 
 def components(n: int, a: Tensor, b: Tensor) -> Int[Tensor, "nodes"]:

@@ -1,8 +1,10 @@
 """What modules are to this package: which are sliced and along which axis, which cannot be, how a model is called."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
+from traceback import walk_tb
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves
 
 from hap import HapError
-from hap.surgery.patch import Patch
 
 Call = Callable[[nn.Module, Any], Any]
 BARRIERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)  # mix the channels of a position or a group
@@ -28,6 +29,25 @@ def forward(model: nn.Module, example: Any) -> Any:
     return model(*example) if isinstance(example, tuple) else model(example)
 
 
+def failure(error: Exception, model: nn.Module) -> str:
+    """Why a forward pass failed, in one line: the innermost module whose call raised, the exception, its first line."""
+    where, _ = innermost((frame for frame, _ in walk_tb(error.__traceback__)), model)
+    says = (str(error).strip().splitlines() or ["without a message"])[0]
+    return f"{where}: {type(error).__name__}: {says}"
+
+
+def innermost(frames: Iterable[FrameType], model: nn.Module) -> tuple[str, FrameType | None]:
+    """Name and class of the last module in these frames of Python, outermost first, and its frame; else the model's."""
+    names = {module: name for name, module in model.named_modules()}
+    where, at = model, None
+    for frame in frames:
+        first = frame.f_code.co_varnames[:1]  # of a method this is its object
+        owner = frame.f_locals.get(first[0]) if first else None
+        if isinstance(owner, nn.Module) and owner in names:
+            where, at = owner, frame
+    return f"{names[where] or 'the model'} ({type(where).__name__})", at
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, each module's own mode afterwards."""
@@ -38,6 +58,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which what torch.compile has compiled in the model runs as it was written.
+
+    The forward passes of layers are replaced for a while here, and each of them would be compiled anew.
+    """
+    compiled = [
+        m for m in model.modules() if type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None
+    ]
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager
@@ -116,14 +147,40 @@ def sort(model: nn.Module, opaque: Sequence[str]) -> tuple[dict[str, nn.Module],
     if missing := set(opaque) - set(named):
         raise HapError(f"opaque: no module {min(missing)} in {type(model).__name__}")
     for name, module in named.items():
+        if name in opaque and isinstance(module, torch.jit.ScriptModule):
+            refuse_hidden(name, module)  # it takes no hook
         by_channel = isinstance(module, nn.PReLU) and module.num_parameters > 1
         if name in opaque or isinstance(module, BARRIERS) or by_channel:
             barriers[name] = module
         elif not any(name.startswith(f"{outer}.") for outer in opaque):
+            refuse_hidden(name, module)
             refuse_unsliceable(name, module)
             if is_mixing(module) or is_channelwise(module):
                 sliced[name] = module
+    if not opaque and not any(map(is_mixing, sliced.values())) and any(p.dim() > 1 for p in model.parameters()):
+        kind = type(model).__name__
+        raise HapError(
+            f"{kind}: a model of nn.Linear and convolutions expected, found weights that no such layer holds"
+        )
     return sliced, barriers
+
+
+def refuse_hidden(name: str, module: nn.Module) -> None:
+    """HapError, with what to do, for a module that computes with layers that are no ordinary modules in it."""
+    where, kind = name or "the model", type(module).__name__
+    whole = f"; or pass opaque=[{name!r}] to leave it whole" if name else ""
+    if isinstance(module, torch.jit.ScriptModule):
+        do = "use the nn.Module that it was made from, and script what apply() returns"
+        whole = f"; or put nn.Sequential around it and pass opaque=[{name!r}] to leave it whole" if name else ""
+        raise HapError(f"{where} ({kind}): TorchScript hides its layers; {do}{whole}")
+    if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+        do = "use the floating-point model, and quantise what apply() returns"
+        raise HapError(f"{where} (quantised {kind}): its weights are packed and cannot be cut; {do}{whole}")
+    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+        raise HapError(f"{where} (DataParallel): on several devices its layers run as copies; pass its .module instead")
+    if kind == "OptimizedModule" and name and not list(getattr(module, "_orig_mod", module).children()):
+        do = "compile the whole model, or what apply() returns"
+        raise HapError(f"{where} (OptimizedModule): a layer that is compiled by itself cannot be replaced; {do}")
 
 
 def refuse_unsliceable(name: str, module: nn.Module) -> None:
@@ -133,8 +190,8 @@ def refuse_unsliceable(name: str, module: nn.Module) -> None:
             f"{name}: nn.MultiheadAttention reads its weights without calling their modules, which cannot be traced; "
             f"pass opaque=[{name!r}] to leave it whole, or build it from four nn.Linear"
         )
-    if isinstance(module, Patch):
-        raise HapError(f"{name}: a Patch, so the model was pruned before; prune the dense one by as much as both")
+    if why := getattr(module, "unsliceable", None):
+        raise HapError(f"{name}: {why}")
     if not is_mixing(module) and not is_channelwise(module):
         return
     if 0 in widths(module):

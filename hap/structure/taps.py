@@ -15,7 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hap import HapError
-from hap.structure.layers import BARRIERS, Call, axis, batched, first_tensor, is_channelwise, is_mixing, starts, widths
+from hap.structure.layers import (
+    BARRIERS,
+    Call,
+    axis,
+    batched,
+    failure,
+    first_tensor,
+    is_channelwise,
+    is_mixing,
+    starts,
+    widths,
+)
 
 
 class Seen(NamedTuple):
@@ -70,13 +81,27 @@ class Taps:
     def send(
         self, batch: int, writes: dict[int, Tensor], *, outside: bool = False, padding: bool = False, shaken: int = 0
     ) -> Seen:
-        """One pass of `batch` samples.
+        """One pass of `batch` samples; HapError, with the module and the cause, where the model raises.
 
         `writes[i]`: [batch, rows of module i], where its output becomes NaN. `outside`: what enters from outside the
         sliced modules is NaN. `padding`: so is what the model pads with, and only slots that are NaN throughout count,
         which are padded channels and not padded borders. `shaken` = n: samples n to 2n repeat the first n with finite
         noise for the NaN, sample 2n is clean, and `moved` compares them.
         """
+        try:
+            return self._send(batch, writes, outside, padding, shaken)
+        except HapError:
+            raise
+        except Exception as error:  # whatever a stranger's forward raises
+            says = failure(error, self.model)
+            if writes or outside or padding:
+                self.send(batch, {})  # raises, where it is the number of samples that the model cannot take
+                do = "make the module around the check opaque=[...], or give the relation with declare()"
+                raise HapError(f"trace: the model fails on NaN, by which rows are followed ({says}); {do}") from error
+            do = "leave the batch free, as by reshape(len(x), ...)"
+            raise HapError(f"trace: the model takes 1 sample but not {batch} ({says}); {do}") from error
+
+    def _send(self, batch: int, writes: dict[int, Tensor], outside: bool, padding: bool, shaken: int) -> Seen:
         self.batch, self.writes, self.outside, self.padding, self.shaken = batch, writes, outside, padding, shaken
         self.calls = dict.fromkeys(self.tapped, 0)
         self.seen = Seen(*torch.zeros(2, batch, self.slot_starts[-1], dtype=torch.bool))

@@ -19,7 +19,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from hap import HapError
-from hap.structure.layers import Call, evaluating, forward, plain_kernels, sort, starts
+from hap.structure.diagnosis import cause, refuse_random
+from hap.structure.layers import Call, evaluating, forward, plain_kernels, sort, starts, uncompiled
 from hap.structure.taps import Taps
 
 SAMPLES = 64  # in one pass: wide enough that Python does not count, and bounds the memory
@@ -40,6 +41,7 @@ class Feeds:
     padded_slots: Bool[Tensor, "slots"]  # those that read a padded channel: it is there whatever goes
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def trace(model: nn.Module, example: Any, *, call: Call = forward, opaque: Sequence[str] = ()) -> Feeds:
     """Find which rows feed which slots.
@@ -48,8 +50,9 @@ def trace(model: nn.Module, example: Any, *, call: Call = forward, opaque: Seque
     whole; what enters or leaves them is frozen. The model runs in eval mode and is left as it was found. Raises
     HapError, with the module's name and what to do, where a model cannot be traced.
     """
-    with plain_kernels(), evaluating(model):
-        taps = Taps(model, *sort(model, opaque), call)
+    sliced, barriers = sort(model, opaque)
+    with plain_kernels(), uncompiled(model), evaluating(model):
+        taps = Taps(model, sliced, barriers, call)
         taps.record(example)
         _refuse_uncalled(taps)
         outside, padded = _outside(taps), taps.send(1, {}, padding=True).nans[0]
@@ -58,6 +61,7 @@ def trace(model: nn.Module, example: Any, *, call: Call = forward, opaque: Seque
     return _assemble(taps, torch.cat([torch.empty(2, 0, dtype=torch.long), *edges], dim=1), outside, padded)
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def declare(
     model: nn.Module,
@@ -72,8 +76,9 @@ def declare(
     The rows of the modules in `frozen` and the slots that the table does not name are frozen. Names and ranges are
     checked here; whether the table is true, `hap.testing.check_groups` finds out.
     """
-    with plain_kernels(), evaluating(model):
-        taps = Taps(model, *sort(model, ()), call)
+    sliced, barriers = sort(model, ())
+    with plain_kernels(), uncompiled(model), evaluating(model):
+        taps = Taps(model, sliced, barriers, call)
         taps.record(example)
         padded = taps.send(1, {}, padding=True).nans[0]
     index = {name: i for i, name in enumerate(taps.names)}
@@ -140,14 +145,12 @@ def _refuse_swallowed(taps: Taps, part: range, nans: Tensor, moved: Tensor) -> N
     for i, lost, arrived in zip(part, moved & ~nans, nans, strict=True):
         if not lost.any() and arrived.any():
             continue
+        refuse_random(taps.model, taps.example, taps.call)
         slot = int(lost.nonzero()[0]) if lost.any() else -1
         reader = sum(slot >= first for first in taps.slot_starts) - 1
         where = taps.names[reader] if 0 <= reader < len(taps.names) else "a normalisation or the output"
         says = f"changes {where} but a NaN sent through it does not arrive there" if lost.any() else "reaches nothing"
-        raise HapError(
-            f"{taps.names[i]}: its output {says}; an op after it swallows NaN (nan_to_num, where, comparison, argmax) "
-            f"or drops it: make the module around it opaque=[...], or give the relation with declare()"
-        )
+        raise HapError(f"{taps.names[i]}: its output {says}; {cause(taps, i)}")
 
 
 def _colours(reach: Tensor) -> list[list[int]]:

@@ -38,6 +38,7 @@ Implant = Callable[[nn.Module, Tensor, Any], nn.Module]  # the last: Inputs, or 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
+@torch.inference_mode(mode=False)
 def apply(
     model: nn.Module,
     groups: Groups,
@@ -58,7 +59,7 @@ def apply(
     narrowed with them. Raises HapError for a plan of other groups, and for a layer that loses all it has.
     """
     found, batches = cuts(groups, plan), list(batches)
-    small = copy.deepcopy(model)
+    small = _copied(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for name, cut in found.items():
         module = small.get_submodule(name)
@@ -92,12 +93,22 @@ def added(model: nn.Module, small: nn.Module) -> dict[str, int]:
     return {name: count for name, count in found.items() if count}
 
 
+@torch.inference_mode(mode=False)
 def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     """A copy of the same size that computes what `apply` with zero implants computes: the oracle of the tests."""
     away, implanted = gone(groups, plan)
-    masked = copy.deepcopy(model)
+    masked = _copied(model)
     silence(masked, groups, Gone(away.rows | implanted, away.slots))
     return masked
+
+
+def _copied(model: Layer) -> Layer:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # of FSDP, of tensors that an earlier pass has left, of locks and files
+        says = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        do = "take off what wraps it, or drop what is no parameter and no buffer"
+        raise HapError(f"apply: {type(model).__name__} cannot be copied ({says}); {do}") from error
 
 
 def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module], device: torch.device) -> nn.Module:

@@ -1,14 +1,27 @@
 """The one module that surgery adds to a model: parts that write rows, put in their places among zeros."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+SIZES = {"in_channels": "given", "in_features": "given"}
+SIZES |= dict.fromkeys(("out_channels", "out_features", "num_features"), "width")
 
 
 class Patch(nn.Module):
-    """Modules that together write one output: each its rows, the rest zero, of the input channels `take`."""
+    """Modules that together write one output: each its rows, the rest zero, of the input channels `take`.
+
+    It answers as one layer of its size would: `in_channels`, `stride`, `weight` and the like, for forward passes that
+    read them. The tensors are computed, so that gradients pass through them, but to write into them changes nothing.
+    """
 
     places: Tensor
     take: Tensor
+    # what tracing says of a module that has this attribute
+    unsliceable = "a Patch, so the model was pruned before; prune the dense one by as much as both"
 
     def __init__(self, parts: list[nn.Module], places: Tensor, take: Tensor, axis: int, given: int, width: int) -> None:
         """`places`: of the rows that the parts compute, one after another; `given`, `width`: of input and output."""
@@ -17,6 +30,19 @@ class Patch(nn.Module):
         self.axis, self.given, self.width = axis, given, width
         self.register_buffer("places", places)
         self.register_buffer("take", take)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a layer of the new size would have under this name, where the part that is most like it has it."""
+        if name in ("parts", "places", "take") or name.startswith("_") or not self.parts:
+            return super().__getattr__(name)
+        layer = max(self.parts, key=_taps)
+        if name in SIZES and name in vars(layer):
+            return getattr(self, SIZES[name])
+        if name in layer._parameters or name in layer._buffers:
+            return _equivalent(self, layer, name)
+        if name == "groups" and isinstance(layer, _ConvNd):
+            return _conv_groups(self, layer)
+        return vars(layer)[name] if name in vars(layer) else super().__getattr__(name)
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows of all parts in their places, in the memory format in which they come."""
@@ -45,3 +71,74 @@ class Patch(nn.Module):
         index_select is slow then and loses the format; but a compiler fuses it, and it is the Gather of ONNX.
         """
         return any(x.stride(self.axis) == 1 for x in seen) and not torch.compiler.is_compiling()
+
+
+def _taps(part: nn.Module) -> int:
+    return math.prod(getattr(part, "kernel_size", ()))
+
+
+def _equivalent(patch: Patch, layer: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer of the one layer that computes what the patch does; None where no part has it."""
+    owns = [{**part._parameters, **part._buffers} for part in patch.parts]
+    like = next((own[name] for own in owns if own.get(name) is not None), None)
+    if like is None or like.dim() == 0:
+        return like  # num_batches_tracked
+    widths = [getattr(part, "out_channels", getattr(part, "out_features", None)) for part in patch.parts]
+    left = len(patch.places) - sum(width for width in widths if width is not None)
+    counts = [left if width is None else width for width in widths]
+    rows = torch.cat([_rows(patch, layer, part, name, n) for part, n in zip(patch.parts, counts, strict=True)])
+    blank = rows.new_full((patch.width, *rows.shape[1:]), float(name == "running_var"))
+    return blank.index_copy(0, patch.places, rows)
+
+
+def _rows(patch: Patch, layer: nn.Module, part: nn.Module, name: str, count: int) -> Tensor:
+    """What the rows of a part have under this name in that layer; NaN where the part is not like it."""
+    value = {**part._parameters, **part._buffers}.get(name)
+    weight = layer.get_parameter("weight") if isinstance(layer, nn.Linear | _ConvNd) else None
+    like = next(t for t in (value, weight, *patch.parameters(), *patch.buffers()) if t is not None)
+    shape: tuple[int, ...] = (count,)
+    if name == "weight" and weight is not None:
+        shape = (count, patch.given // patch.groups if isinstance(layer, _ConvNd) else patch.given, *weight.shape[2:])
+    if not _is_like(part, layer):
+        return like.new_full(shape, torch.nan)
+    if value is None:
+        return like.new_zeros(shape)
+    return value if value.shape == shape else _spread(patch, part, value, shape)
+
+
+def _spread(patch: Patch, part: nn.Module, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The weight of a part among zeros: its kernel in the middle, at the channels that the part reads."""
+    sides = [(w - k) // 2 for w, k in zip(shape[:1:-1], weight.shape[:1:-1], strict=True) for _ in "01"]
+    weight, conv_groups = nn.functional.pad(weight, sides), getattr(part, "groups", 1)
+    reads = patch.take.view(conv_groups, -1).repeat_interleave(shape[0] // conv_groups, 0)
+    reads = reads.reshape(*reads.shape, *[1] * (weight.dim() - 2)).expand_as(weight)
+    return weight.new_zeros(shape).scatter(1, reads, weight)
+
+
+def _is_like(part: nn.Module, layer: nn.Module) -> bool:
+    """Whether a layer of the kind and stride of `layer`, zeros around its kernel, computes what the part does."""
+    if not isinstance(part, _ConvNd) or not isinstance(layer, _ConvNd):
+        return isinstance(part, nn.Linear) if isinstance(layer, nn.Linear) else part is layer
+    alike = _taps(part) == 1 or part.dilation == layer.dilation
+    return alike and part.stride == layer.stride and _centre(part) == _centre(layer)
+
+
+def _centre(conv: _ConvNd) -> list[float]:
+    """How far from the first position the middle of the kernel is at first, along each axis."""
+    if conv.padding == "same":
+        return [0.0] * len(conv.kernel_size)
+    pads = [0] * len(conv.kernel_size) if isinstance(conv.padding, str) else conv.padding
+    return [d * (k - 1) / 2 - p for d, k, p in zip(conv.dilation, conv.kernel_size, pads, strict=True)]
+
+
+def _conv_groups(patch: Patch, conv: _ConvNd) -> int:
+    """The groups of a convolution of the new size that computes what this one does; 1 where its groups are torn."""
+    if conv.groups == 1:
+        return 1
+    takes, places = (t.view(conv.groups, -1) for t in (patch.take, patch.places))
+    slots, rows = takes.shape[1], places.shape[1]
+    first = takes[:, :1] // slots
+    whole = patch.given % slots == 0 and patch.given // slots * rows == patch.width
+    aligned = torch.equal(takes, first * slots + torch.arange(slots, device=takes.device))
+    aligned = aligned and torch.equal(places, first * rows + torch.arange(rows, device=takes.device))
+    return patch.given // slots if whole and aligned else 1

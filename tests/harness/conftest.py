@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,15 +7,6 @@ from fakes import fake_run, with_accuracy, write_spec
 from hap.harness.spec.spec import load_spec
 
 CHECKOUT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def forgetful() -> Iterator[None]:
-    """What a run remembers of a dense model within a process, the next test must not find."""
-    from hap.harness import scoring
-
-    yield
-    scoring._KNOWN.clear()
 
 
 @pytest.fixture

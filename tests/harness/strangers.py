@@ -1,8 +1,12 @@
 """Functions that a stranger may bring to `hap compare`, good and bad."""
 
+import os
+import signal
 import sys
+import time
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,6 +21,10 @@ CALLS: list[str] = []
 
 def score(model, loss, batches, groups, *, rng, width: int = 1, name: str = "x"):
     CALLS.append("score")
+    return random(model, loss, batches, groups, rng=rng)
+
+
+def untyped(model, loss, batches, groups, *, rng, power=2):
     return random(model, loss, batches, groups, rng=rng)
 
 
@@ -46,6 +54,23 @@ def imaginary(model, loss, batches, groups, *, rng):
 
 def broken(model, loss, batches, groups, *, rng):
     return 1 / 0
+
+
+def aborts(model, loss, batches, groups, *, rng):
+    os.abort()
+
+
+def killed(model, loss, batches, groups, *, rng):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exhausts(model, loss, batches, groups, *, rng):
+    raise MemoryError("a made-up lack of it")
+
+
+def slow(model, loss, batches, groups, *, rng):
+    Path("running").touch()
+    time.sleep(600)
 
 
 def leaves(model, loss, batches, groups, *, rng):

@@ -6,12 +6,17 @@ from xml.etree import ElementTree
 
 import pytest
 import scipy.stats  # noqa: F401 - pytester forgets what a test imports, and scipy cannot be imported twice
+import tiny
 from fakes import SPEC, fake_run, with_accuracy, write_spec
 
+from hap.harness import make  # noqa: F401 - nor can what is checked by type
+from hap.harness.plugin import EXECUTOR
+from hap.harness.processes.workers import InProcess
 from hap.harness.records import store
 from hap.harness.records.freshness import decides, entrances
 from hap.harness.spec.spec import load_spec
 from hap.harness.task import MissingData
+from hap.harness.verdicts import judge  # noqa: F401 - the same
 
 
 @pytest.fixture
@@ -19,7 +24,7 @@ def project(pytester, monkeypatch):
     """A folder of somebody's with one spec, whose runs are made up."""
     made = []
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         made.append((case.name, seed))
         return fake_run(case, seed)
 
@@ -31,8 +36,16 @@ def project(pytester, monkeypatch):
     return pytester
 
 
-def check(pytester, *args):
-    return pytester.runpytest_inprocess("-p", "hap.harness.plugin", "-p", "no:cacheprovider", "-ra", *args)
+class Here:
+    """Has the plugin make its records in this process, where a test has put something in the place of a run."""
+
+    def pytest_configure(self, config):
+        config.stash[EXECUTOR] = InProcess()
+
+
+def check(pytester, *args, here=True):
+    given = ("-p", "hap.harness.plugin", "-p", "no:cacheprovider", "-ra")
+    return pytester.runpytest_inprocess(*given, *args, plugins=[Here()] if here else [])
 
 
 def evidence(project, **accuracies):
@@ -264,7 +277,7 @@ def test_a_malformed_spec_fails_in_one_line(project):
 
 
 def test_missing_data_skips_a_run_with_the_reason(project, monkeypatch):
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         raise MissingData("cifar10: looked in ./data; get it from the registry")
 
     monkeypatch.setattr("hap.harness.run.run", run)
@@ -274,10 +287,22 @@ def test_missing_data_skips_a_run_with_the_reason(project, monkeypatch):
 
 
 def test_a_run_that_breaks_shows_where(project, monkeypatch):
-    monkeypatch.setattr("hap.harness.run.run", lambda case, seed, *, say, keep: 1 / 0)
+    monkeypatch.setattr("hap.harness.run.run", lambda case, seed, *, known, say, keep: 1 / 0)
     result = check(project, "-m", "run")
     result.assert_outcomes(failed=6, deselected=3)
     result.stdout.fnmatch_lines(["*ZeroDivisionError*"])
+
+
+def test_a_run_that_ends_its_process_fails_in_one_line(project):
+    """A worker makes it, and dies; the next makes the rest."""
+    case = '[cases.aborts]\nlike = "hap"\nscore = "strangers:aborts"\n\n[[claims]]'
+    spec = tiny.SPEC.replace("[0.5, 0.7]", "[0.5]").replace("[[claims]]", case).replace("[0, 1, 2]", "[0]")
+    project.spec.write_text(spec)
+    result = check(project, "-m", "run", here=False)
+    result.assert_outcomes(passed=1, failed=1, deselected=2)
+    command = "hap record *reproductions/table.toml aborts@50 0"
+    result.stdout.fnmatch_lines([f"its process was ended by SIGABRT; to repeat it: {command}"])
+    result.stdout.no_fnmatch_line("*Traceback*")
 
 
 def test_a_damaged_record_fails_in_one_line(project):

@@ -11,17 +11,19 @@ import torch
 import hap
 from hap import HapError
 from hap.cost import params
-from hap.harness import scoring
-from hap.harness.records import freshness, provenance, store
-from hap.harness.returned import agree
-from hap.harness.run import Clock, Run, groups_of, load_task, one_shot, run
+from hap.harness.processes import provenance
+from hap.harness.processes.progress import Clock, silent
+from hap.harness.records import freshness, store
+from hap.harness.records.record import Run
+from hap.harness.run import groups_of, load_task, one_shot, run
 from hap.harness.spec.functions import Ref
 from hap.harness.spec.spec import Case
+from hap.harness.supplied import Dense, agree
 from hap.harness.task import Data, Task
 from hap.harness.tasks.data import Images, Normalise, calibration, epoch, measure
 from hap.harness.tasks.nets import resnet
 from hap.harness.train import checkpoints
-from hap.harness.train.loop import Recipe, fit, generator, silent
+from hap.harness.train.loop import Recipe, fit, generator
 from hap.hessian.losses import CrossEntropy
 from hap.methods import magnitude
 from hap.plan import Budget
@@ -216,7 +218,6 @@ def test_progress_names_the_stages_and_never_goes_back(record):
     assert [str(event) for event in events if ":" not in event] == [
         "task",
         "trace",
-        "prune",
         "score",
         "plan",
         "apply",
@@ -304,8 +305,7 @@ def test_the_dense_model_is_left_as_it_was():
 
 def test_a_clock_keeps_the_seconds():
     clock = Clock(silent)
-    with clock("a"), clock("b"):
-        pass
+    assert clock("a", lambda: clock("b", int, "3")) == 3
     assert clock.seconds["a"] >= clock.seconds["b"] > 0
 
 
@@ -344,6 +344,22 @@ def test_the_environment_is_json_and_tells_versions_and_threads(monkeypatch):
     assert list(found["packages"]) == ["numpy"]
 
 
+def test_the_environment_says_in_one_block_what_of_a_machine_moves_numbers(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    found = provenance.environment(torch.device("cpu"))["machine"]
+    assert found["processor"] == provenance.processor()
+    assert found["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert found["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert "driver" not in found
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92600)
+    monkeypatch.setattr(provenance, "_said", lambda program, *options: {"nvidia-smi": "580.65\n580.65"}.get(program))
+    found = provenance.environment(torch.device("cuda"))["machine"]
+    assert (found["driver"], found["cudnn"], found["cuda"]) == ("580.65", "92600", str(torch.version.cuda))
+    monkeypatch.setattr(provenance, "_said", lambda *command: None)
+    assert provenance.environment(torch.device("cuda"))["machine"]["driver"] == "unknown"
+
+
 def compared(score, **options):
     return replace_case(
         score=Ref(use=score, options=options), reference=Ref(use="hap.methods:hessian_trace"), finetune=None
@@ -354,15 +370,7 @@ def replace_case(**changes):
     return CASE.model_copy(update=changes)
 
 
-@pytest.fixture
-def forgotten(monkeypatch):
-    """Nothing remembered from other tests."""
-    known = {}
-    monkeypatch.setattr(scoring, "_KNOWN", known)
-    return known
-
-
-def test_a_reference_tells_how_a_ranking_compares(forgotten):
+def test_a_reference_tells_how_a_ranking_compares():
     exact = run(compared("hap.methods:hessian_trace"), 0)
     assert exact.metrics["ranking"]["spearman"] == pytest.approx(1)
     assert exact.metrics["ranking"]["overlap"] == 1
@@ -390,21 +398,23 @@ def counted(model, loss, batches, groups, *, rng, pruned=None, ask: bool = False
 CALLS: list[bool] = []
 
 
-def test_cases_that_differ_in_budget_share_their_scores_unless_the_score_asked_for_it(forgotten):
+def test_cases_that_differ_in_budget_share_their_scores_unless_the_score_asked_for_it():
+    known = {}
     for ask, calls in ((False, 1), (True, 2)):
         CALLS.clear()
         case = replace_case(score=Ref(use=f"{__name__}:counted", options={"ask": ask}), finetune=None)
-        one, two = (run(case.model_copy(update={"budget": Budget(params=part, implant=0.2)}), 0) for part in (0.3, 0.6))
+        budgets = [Budget(params=part, implant=0.2) for part in (0.3, 0.6)]
+        one, two = (run(case.model_copy(update={"budget": budget}), 0, known=known) for budget in budgets)
         assert len(CALLS) == calls
         assert one.warnings == two.warnings == ["this is a made-up warning"]
         assert one.plan["rows"] != two.plan["rows"]
         assert (one.seconds["score"] == two.seconds["score"]) != ask
         CALLS.clear()
-        run(case, 1)
+        run(case, 1, known=known)
         assert [ask] == CALLS  # another seed draws anew
 
 
-def test_a_record_of_before_warnings_were_kept_reads(tmp_path, forgotten):
+def test_a_record_of_before_warnings_were_kept_reads(tmp_path):
     made = run(replace_case(finetune=None), 0)
     file = store.save(made, tmp_path)
     table = json.loads(file.read_text())
@@ -432,10 +442,9 @@ def test_an_update_is_a_role_of_its_own_and_is_in_the_record(tmp_path):
 
 
 def test_what_an_update_adds_is_counted():
-    task = load_task(CASE.task, 0)
-    groups = groups_of(task, CASE)
-    scores = partial(magnitude)
-    small, chosen = one_shot(scores, None, least_squares)(task, groups, Budget(params=0.3), rng=generator(0))
+    task = load_task(CASE.task, 0, fit)
+    groups = groups_of(task, CASE, Dense(CASE.task, 0, {}))
+    small, chosen = one_shot(magnitude, None, least_squares)(task, groups, Budget(params=0.3), rng=generator(0))
     more = sum(chosen.added.values())
     assert params(small) == round((1 - chosen.removed["params"]) * params(task.model)) + more
     if more:

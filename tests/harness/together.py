@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hap.cost import params
 from hap.harness.batchnorm import recalibrate
 from hap.harness.processes import ranks
-from hap.harness.scoring import Share
+from hap.harness.supplied import Share
 from hap.harness.task import Data, Task
 from hap.harness.tasks.data import Images, Normalise, calibration, epoch, measure
 from hap.harness.train.loop import Recipe, fit, generator, snapshot

@@ -906,3 +906,101 @@ def test_sums_of_half_precision_are_kept_in_single():
 def test_options_that_make_no_sense_are_refused(given, says):
     with pytest.raises(HapError, match=says):
         exact(nn.Linear(3, 4), CrossEntropy(), [(torch.randn(2, 3), torch.randint(2, (2,)))], **given)
+
+
+@pytest.mark.parametrize("classes", [5, 120])
+@pytest.mark.parametrize("name", ["plain", "both"])
+def test_ignored_targets_count_nowhere_in_a_measurement(name, classes):
+    """Against the dense Hessian of torch's own loss over all batches, of which one is ignored altogether."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, classes)).double()
+    x, targets = torch.randn(9, 3, dtype=torch.float64), torch.tensor([0, -100, 4, 1, -100, 3, -100, -100, -100])
+    weight = None if name == "plain" else torch.rand(classes, dtype=torch.float64)
+    loss = CrossEntropy(label_smoothing=0.1 * (name == "both"), weight=weight)
+    peer = nn.CrossEntropyLoss(weight, label_smoothing=loss.label_smoothing)
+    batches = [(x[i : i + 3], targets[i : i + 3]) for i in (0, 3, 6)]
+    counted = [(x[targets >= 0], targets[targets >= 0])]
+    groups = couple(model, trace(model, x))
+
+    def mean(value):
+        return peer(functional_call(model, {"0.weight": value}, (x,)), targets)
+
+    found = exact(model, loss, batches, groups)
+    hessian = torch.autograd.functional.hessian(mean, model[0].weight.detach()).reshape(12, 12)
+    assert gap(found.diagonal["0.weight"], hessian.diagonal().reshape(4, 3)) < 1e-10
+    expected = exact(model, loss, counted, groups)
+    assert torch.allclose(found.trace, expected.trace, rtol=1e-10)
+    assert math.isclose(found.mass, expected.mass, rel_tol=1e-12)
+    drawn = exact(model, loss, batches, groups, columns=1, rng=seeded())
+    assert drawn.trace_stderr.isfinite().all()
+    assert ((drawn.trace - found.trace).abs() <= 6 * drawn.trace_stderr).all()
+    shared = exact(model, loss, batches, share=0.3, rng=seeded())
+    assert shared.drawn < 0.3
+    probed, again = (hutchinson(model, loss, b, groups, probes=20, rng=seeded()) for b in (batches, batches[:2]))
+    assert torch.equal(probed.trace, again.trace)
+    assert ((probed.trace - found.trace).abs() <= 6 * probed.trace_stderr).all()
+
+
+def test_a_measurement_without_a_target_that_counts_is_refused():
+    model, batch = nn.Sequential(nn.Linear(3, 4)), (torch.randn(2, 3), torch.full((2,), -100))
+    with pytest.raises(HapError, match="targets that count expected, found 2 that are ignored"):
+        exact(model, CrossEntropy(), [batch])
+    with pytest.raises(HapError, match="found none with a target that counts"):
+        hutchinson(model, CrossEntropy(), [batch], probes=2, rng=seeded())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused_with_the_name_of_the_parameter(value):
+    for name in ("0.weight", "2.bias"):
+        model, batch = case("mlp")
+        model = nn.Sequential(*model[:2], nn.BatchNorm1d(8).double(), *model[2:]).eval()
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[1] = value
+        says = f"finite numbers expected, found 1 of .* in {name} that are not"
+        for measure in (exact, partial(hutchinson, probes=2, rng=seeded())):
+            with pytest.raises(HapError, match=says):
+                measure(model, CrossEntropy(), [batch])
+
+
+def test_a_diagonal_that_is_not_finite_names_its_parameter_and_the_cause():
+    model, (x, y) = case("mlp")
+    model = nn.Sequential(*model[:2], nn.BatchNorm1d(8).double(), *model[2:]).eval()
+    for measure, who in ((exact, "exact"), (partial(hutchinson, probes=2, rng=seeded()), "hutchinson")):
+        model[2].running_mean.zero_()
+        with pytest.raises(
+            HapError, match=f"^{who}, diagonal: .* in 0.weight that are not; see whether inputs.*classes$"
+        ):
+            measure(model, CrossEntropy(), [(x * math.nan, y)])
+        model[2].running_mean[0] = math.nan
+        with pytest.raises(HapError, match=r"that are not; the buffer 2.running_mean holds NaN$"):
+            measure(model, CrossEntropy(), [(x, y)])
+
+
+def test_a_mask_of_infinities_in_a_buffer_is_no_mistake():
+    model, batch = case("attention")
+    model.register_buffer("mask", torch.full((5, 5), -math.inf).triu(1))
+    assert exact(model, CrossEntropy(), [batch]).diagonal["q.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("measure", [exact, partial(hutchinson, probes=2)], ids=["exact", "hutchinson"])
+def test_inference_mode_is_left_for_the_measurement_and_no_longer(measure):
+    model, (x, y) = case("mlp")
+    groups = couple(model, trace(model, x))
+    expected = measure(model, CrossEntropy(), [(x, y)], groups, rng=seeded())
+    with torch.inference_mode():
+        found = measure(model, CrossEntropy(), [(x.clone(), y)], groups, rng=seeded())
+        assert torch.is_inference_mode_enabled()
+        made = nn.Linear(6, 3)
+    assert torch.equal(found.trace, expected.trace)
+    with pytest.raises(HapError, match=r"weight was made under torch.inference_mode, so pass copy.deepcopy\(model\)"):
+        measure(made, CrossEntropy(), [(x.float(), y)], rng=seeded())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), lambda model, batch: model(batch[0]).sum()])
+def test_a_loss_without_columns_is_refused_with_what_to_do(loss):
+    model, batch = case("mlp")
+    with pytest.raises(HapError, match=r"^exact: a loss with .*columns expected, as hap.CrossEntropy\(\).*hutchinson"):
+        exact(model, loss, [batch])
+    with pytest.raises(HapError, match=r"^hutchinson: a loss with mass expected"):
+        hutchinson(model, loss, [batch], probes=1, rng=seeded())

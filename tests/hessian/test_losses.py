@@ -136,3 +136,86 @@ def test_a_model_that_returns_no_logits_is_refused():
         CrossEntropy(call=lambda model, x: {"logits": x})(
             torch.nn.Identity(), (torch.randn(2, 3), torch.tensor([0, 1]))
         )
+
+
+@pytest.mark.parametrize("classes", [5, 120])
+@pytest.mark.parametrize("name", ["plain", "both"])
+def test_ignored_targets_count_nowhere(name, classes):
+    """Against torch's own loss; with 120 classes an index of -100 would be that of a class."""
+    rng = torch.Generator().manual_seed(0)
+    outputs, targets = (
+        torch.randn(6, classes, generator=rng, dtype=torch.float64),
+        torch.tensor([0, -100, 4, 1, -100, 3]),
+    )
+    weight = None if name == "plain" else torch.rand(classes, generator=rng, dtype=torch.float64)
+    loss = CrossEntropy(label_smoothing=0.1 * (name == "both"), weight=weight)
+    peer = nn.CrossEntropyLoss(weight, label_smoothing=loss.label_smoothing)
+    assert torch.isclose(loss(nn.Identity(), (outputs, targets)), peer(outputs, targets), rtol=1e-14)
+    assert torch.isclose(loss.total(outputs, targets) / loss.mass(targets), peer(outputs, targets), rtol=1e-14)
+    columns = loss.columns(outputs, targets, None, None).vectors
+    assert torch.allclose(torch.einsum("cni,cnj->nij", columns, columns), dense(loss, outputs, targets), atol=1e-14)
+    some = loss.columns(outputs, targets, 1, rng).vectors
+    assert (some[:, targets == -100] == 0).all()
+    kept = targets >= 0
+    assert loss.enough(outputs, targets, 0.3) == loss.enough(outputs[kept], targets[kept], 0.3)
+
+
+def test_a_batch_of_ignored_targets_alone_has_no_loss_and_no_slope():
+    outputs, targets = torch.randn(3, 5, requires_grad=True), torch.full((3,), -100)
+    loss = CrossEntropy()
+    value = loss(nn.Identity(), (outputs, targets))
+    (slope,) = torch.autograd.grad(value, outputs)
+    assert float(value.detach()) == float(slope.abs().max()) == float(loss.mass(targets)) == 0
+    assert (loss.columns(outputs.detach(), targets, None, None).vectors == 0).all()
+    assert loss.enough(outputs, targets, 0.1) == 0
+
+
+@pytest.mark.parametrize("ignored", [255, 0])
+def test_any_target_can_be_the_one_that_is_ignored(ignored):
+    outputs, targets = torch.randn(4, 3, dtype=torch.float64), torch.tensor([1, ignored, 2, ignored])
+    loss = CrossEntropy(ignore_index=ignored)
+    expected = F.cross_entropy(outputs, targets, ignore_index=ignored)
+    assert torch.isclose(loss(nn.Identity(), (outputs, targets)), expected, rtol=1e-14)
+    assert loss.mass(targets) == 2
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "says"),
+    [
+        (
+            torch.randn(2, 3),
+            torch.tensor([0, 3]),
+            "for 3 logits targets from 0 to 2 expected, found 3; .*ignore_index=3",
+        ),
+        (torch.randn(2, 3), torch.tensor([-1, 0]), "targets from 0 to 2 expected, found -1"),
+        (torch.randn(2, 1), torch.tensor([0, 0]), r"a logit for each of 2 or more classes expected, found 1; .*pad\("),
+    ],
+)
+def test_targets_that_no_logit_stands_for_are_refused(outputs, targets, says):
+    for measure in (lambda loss: loss.total(outputs, targets), lambda loss: loss.columns(outputs, targets, None, None)):
+        with pytest.raises(HapError, match=f"^cross-entropy: .*{says}"):
+            measure(CrossEntropy())
+
+
+def test_the_mass_of_a_target_that_no_class_weight_stands_for_is_refused():
+    with pytest.raises(HapError, match="for 4 logits targets from 0 to 3 expected, found -1"):
+        CrossEntropy(weight=WEIGHT).mass(torch.tensor([0, -1]))
+
+
+def test_what_the_message_of_a_single_logit_advises_is_the_binary_loss():
+    outputs, targets = torch.randn(5, 1), torch.tensor([0, 1, 1, 0, 1])
+    loss = CrossEntropy(call=lambda model, x: F.pad(model(x), (1, 0)))
+    expected = F.binary_cross_entropy_with_logits(outputs[:, 0], targets.float())
+    assert torch.isclose(loss(nn.Identity(), (outputs, targets)), expected)
+
+
+def test_squared_error_of_shapes_that_would_broadcast_is_refused():
+    outputs, targets = torch.randn(4, 1), torch.randn(4)
+    says = r"squared error: outputs and targets of one shape expected, found \(4, 1\) and \(4,\); reshape the targets"
+    for measure in (
+        lambda loss: loss(nn.Identity(), (outputs, targets)),
+        lambda loss: loss.columns(outputs, targets, None, None),
+    ):
+        with pytest.raises(HapError, match=says):
+            measure(SquaredError())
+    assert SquaredError()(nn.Identity(), (outputs, targets[:, None])) > 0

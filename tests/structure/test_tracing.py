@@ -1,5 +1,7 @@
 """Tracing: relations written by hand for small models, counts that the published code gives, and every refusal."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,10 +9,11 @@ import torch.nn.utils.prune
 from cases import SMALL, Attention, bert, build, plain, tokens
 from torch import nn
 
-from hap import HapError, couple, declare, trace
+from hap import CrossEntropy, HapError, apply, couple, declare, exact, hutchinson, mask, trace
 from hap.harness.tasks import nets
+from hap.implants import zero
 from hap.structure.layers import starts
-from hap.testing import check_groups
+from hap.testing import check_groups, random_plan
 
 
 def relation(feeds, writer, reader):
@@ -150,6 +153,129 @@ class _Then(nn.Module):
 def test_an_op_that_swallows_nan_is_refused_with_the_module_before_it(op):
     with pytest.raises(HapError, match=r"^a: .*declare\(\)"):
         trace(_Then(op), torch.randn(1, 4))
+
+
+def relu_or_nothing(x):
+    return x.relu() if x.mean() < 10 else torch.zeros_like(x)
+
+
+def halved(x):
+    steps = 0
+    while not x.abs().max() < 1e-3 and steps < 9:
+        x, steps = x / 2 if x.abs().max() < 100 else torch.zeros_like(x), steps + 1
+    return x
+
+
+@pytest.mark.parametrize("op", [relu_or_nothing, halved])
+def test_a_data_dependent_branch_is_refused_as_what_it_is(op):
+    says = r"^a: .* an `if`, a loop or item\(\) depends on its numbers in the model \(_Then\), test_tracing.py:\d+, "
+    with pytest.raises(HapError, match=says + r".*opaque=\[...\], or .*declare\(\)") as caught:
+        trace(_Then(op), torch.randn(1, 4))
+    assert "swallows" not in str(caught.value)
+
+
+@pytest.mark.parametrize("op", [F.dropout, lambda x: x + torch.randn_like(x)], ids=["dropout", "noise"])
+def test_randomness_left_on_is_refused_as_what_it_is(op):
+    says = r"^_Then: two passes over one example differ \((bernoulli|randn_like) draws in the model \(_Then\), "
+    with pytest.raises(HapError, match=says + r"test_tracing.py:\d+\); .*training=self.training") as caught:
+        trace(_Then(op), torch.randn(1, 4))
+    assert "swallows" not in str(caught.value)
+
+
+def test_randomness_that_a_trace_cannot_see_is_named_by_check_groups():
+    rng = torch.Generator().manual_seed(0)
+    model, x = _Then(lambda x: x * (1 + float(torch.rand((), generator=rng)))), torch.randn(2, 4)
+    with pytest.raises(HapError, match=r"two passes over one example differ \(rand draws in the model"):
+        check_groups(model, x, couple(model, trace(model, x)))
+
+
+def test_a_forward_that_fails_on_nan_is_said_to_and_can_be_left_whole():
+    class Guard(nn.Module):
+        def forward(self, x):
+            assert x.isfinite().all(), "numbers\nonly"
+            return x
+
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), Guard(), nn.Linear(5, 3)), torch.randn(2, 4)
+    says = (
+        r"^trace: the model fails on NaN, by which rows are followed \(3 \(Guard\): AssertionError: numbers\); .*opaque"
+    )
+    with pytest.raises(HapError, match=says):
+        trace(model, x)
+    groups = couple(model, trace(model, x, opaque=["3"]))
+    assert len(groups) == 6
+    check_groups(model, x, groups)
+
+
+def test_a_forward_of_a_fixed_batch_is_said_to_take_no_other():
+    says = r"^trace: the model takes 1 sample but not 5 \(the model \(_Then\): RuntimeError: .*\); leave the batch free"
+    with pytest.raises(HapError, match=says):
+        trace(_Then(lambda x: x.reshape(1, 6)), torch.randn(1, 4))
+
+
+def hidden():
+    """Models that hide their layers, and what is said of each."""
+    x, net = torch.randn(2, 4), nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    scripted = torch.jit.script(net)
+    wide = nn.DataParallel(net)
+    wide.device_ids = [0, 1]
+    return {
+        "scripted": (
+            scripted,
+            r"^the model \(RecursiveScriptModule\): TorchScript hides its layers; use the nn.Module",
+        ),
+        "frozen": (torch.jit.freeze(scripted), r"TorchScript hides its layers"),
+        "recorded": (torch.jit.trace(net, x), r"^the model \(TopLevelTracedModule\): TorchScript hides its layers"),
+        "in part": (nn.Sequential(nn.Linear(4, 4), scripted), r"^1 \(RecursiveScriptModule\): .*opaque=\['1'\]"),
+        "exported": (torch.export.export(net, (x,)).module(), r"^GraphModule: a model of nn.Linear and convolutions"),
+        "recurrent": (nn.LSTM(4, 6), r"^LSTM: a model of nn.Linear and convolutions expected"),
+        "on several devices": (wide, r"^the model \(DataParallel\): .* pass its .module instead"),
+        "compiled by itself": (nn.Sequential(torch.compile(net[0]), net[2]), r"^0 \(OptimizedModule\): "),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is (deprecated|not supported):FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*DataParallel.*:UserWarning")
+def test_models_that_hide_their_layers_are_refused_with_what_to_do():
+    for model, says in hidden().values():
+        with pytest.raises(HapError, match=says):
+            trace(model, torch.randn(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is (deprecated|not supported):FutureWarning")
+def test_a_scripted_part_is_left_whole_and_a_scripted_model_is_not_measured():
+    model, x = hidden()["in part"][0], torch.randn(2, 4)
+    with pytest.raises(HapError, match=r"put nn.Sequential around it and pass opaque=\['1'\]"):
+        trace(model, x, opaque=["1"])
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.Sequential(model[1]))
+    groups = couple(model, trace(model, x, opaque=["2"]))
+    assert len(groups) == 6
+    check_groups(model, x, groups)
+    for measure in (exact, partial(hutchinson, probes=1, rng=torch.Generator())):
+        with pytest.raises(HapError, match="TorchScript hides its layers"):
+            measure(hidden()["scripted"][0], CrossEntropy(), [(x, torch.tensor([0, 1]))])
+
+
+@pytest.mark.parametrize("wrap", [torch.fx.symbolic_trace, nn.DataParallel, partial(torch.compile, backend="eager")])
+def test_wrapped_models_are_traced_and_measured_like_what_they_wrap(wrap):
+    """Without check_groups, for its checks of types cannot be compiled."""
+    model, x = build(SMALL, "plain")
+    wrapped, batches = wrap(model).eval(), [(x, torch.tensor([0, 1]))]
+    groups, expected = (couple(each, trace(each, x)) for each in (wrapped, model))
+    assert len(groups) == len(expected)
+    traces = [exact(w, CrossEntropy(), batches, g).trace for w, g in ((wrapped, groups), (model, expected))]
+    assert torch.allclose(*traces)
+    chosen = random_plan(groups, torch.Generator().manual_seed(0))
+    small, masked = apply(wrapped, groups, chosen, zero), mask(wrapped, groups, chosen)
+    assert torch.allclose(small(x), masked(x), atol=1e-5)
+
+
+def test_a_trace_under_inference_mode_is_that_outside():
+    model, x = build(SMALL, "residual")
+    expected = couple(model, trace(model, x))
+    with torch.inference_mode():
+        found = couple(model, trace(model, x.clone()))
+    assert torch.equal(found.row_group, expected.row_group)
+    check_groups(model, x, found, trials=1)
 
 
 def test_a_swallowing_branch_is_found_though_the_other_branch_keeps_the_nan():

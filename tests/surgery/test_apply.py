@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import REAL, SMALL, build
+from cases import FROZEN_NORMS, OPAQUE, REAL, SMALL, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -56,6 +56,19 @@ def test_surgery_is_masking_on_every_small_case(name, how):
     model, example = model.double(), example.double()
     groups = couple(model, trace(model, example), how)
     check_groups(model, example, groups, trials=6, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("how", ["tied", "union"])
+@pytest.mark.parametrize("name", FROZEN_NORMS)
+def test_what_freezes_a_norm_freezes_the_rows_that_feed_it(name, how):
+    """In float64; the oracle cannot see that more rows than needed are frozen, so the free layer is counted."""
+    model, example = build(FROZEN_NORMS, name)
+    model, example = model.double(), example.double()
+    groups = couple(model, trace(model, example, opaque=OPAQUE.get(name, [])), how)
+    check_groups(model, example, groups, trials=6, tolerance=1e-12)
+    assert len(groups) == groups.shapes[groups.feeds.modules[0]].rows  # of the first layer, no norm behind it
+    small = operate(model, groups, random_plan(groups, torch.Generator().manual_seed(1), 0.5, 0.0))
+    assert logits(small, example).shape == logits(model, example).shape
 
 
 class Random(nn.Module):
@@ -166,6 +179,24 @@ def test_a_state_dict_fits_a_second_surgery():
     second = operate(build(SMALL, "option-a")[0], groups, chosen, zero)
     second.load_state_dict(first.state_dict())
     assert torch.equal(logits(first, example), logits(second, example))
+
+
+def test_what_is_made_under_inference_mode_can_be_trained():
+    model, example = build(SMALL, "preresnet")
+    groups = couple(model, trace(model, example), "union")
+    with torch.inference_mode():
+        small = operate(model, groups, random_plan(groups, torch.Generator().manual_seed(0)), zero)
+    forward(small, example).square().sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+def test_a_model_that_cannot_be_copied_is_said_to():
+    model, example = build(SMALL, "mlp")
+    groups = couple(model, trace(model, example))
+    model.seen = model(example)  # a tensor with a history
+    for make in (operate, mask):
+        with pytest.raises(HapError, match=r"apply: Sequential cannot be copied .*; take off what wraps it, or drop"):
+            make(model, groups, random_plan(groups, torch.Generator().manual_seed(0), 0.5, 0.0))
 
 
 def test_pruning_twice_is_possible():

@@ -8,17 +8,20 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from hap.cost import params
 from hap.harness.cli.bill import STAGES, Estimate, Price
-from hap.harness.cli.pricing import forward_of, instead, score_of, steps_of, trace_of, validation
+from hap.harness.cli.pricing import Noted, forward_of, noting, score_of, steps_of, trace_of, validation
+from hap.harness.processes.files import caching
 from hap.harness.run import load_task
 from hap.harness.spec.spec import Case, Spec
 from hap.harness.task import Task
+from hap.harness.train.exact import exactly
 from hap.harness.train.loop import generator, threads
-from hap.harness.train.step import exactly
 
 
 def estimate(spec: Spec, say: Callable[[str], None]) -> Estimate:
@@ -35,17 +38,17 @@ def estimate(spec: Spec, say: Callable[[str], None]) -> Estimate:
             with threads(task.threads):
                 parts = meter.record(case, task, spec.seeds[0])
             for stage, price in parts.items():
-                stages[stage] = stages[stage].plus(price.times(len(spec.seeds)))
-                counts[stage] += len(spec.seeds)
+                stages[stage] = stages[stage].plus(price.times(len(spec.first)))
+                counts[stage] += len(spec.first)
             one = Price.sum(parts.values())
             chains.append(one.plus(dense))
             epochs = case.finetune.epochs if case.finetune else 0
             disk = max(disk, 4 * params(task.model) * (epochs + 4))
     models = {key: dense for key, (_, dense) in meter.tasks.items() if dense.flops}
     for dense in models.values():
-        stages["train"] = stages["train"].plus(dense.times(len(spec.seeds)))
-    counts["train"] = len(models) * len(spec.seeds)
-    disk += sum(4 * params(task.model) for task, dense in meter.tasks.values() if dense.flops) * len(spec.seeds)
+        stages["train"] = stages["train"].plus(dense.times(len(spec.first)))
+    counts["train"] = len(models) * len(spec.first)
+    disk += sum(4 * params(task.model) for task, dense in meter.tasks.values() if dense.flops) * len(spec.first)
     memory = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
     chain = max(chains, key=lambda price: price.seconds)
     return Estimate(spec.name, stages, counts, chain, memory, disk, device)
@@ -64,8 +67,12 @@ class Meter:
         key = str(case.task.model_dump())
         if key not in self.tasks:
             self.say(f"{case.task}: its training")
-            with instead() as seen:
-                task = load_task(case.task, seed)
+            seen = list[Noted]()
+            with (
+                TemporaryDirectory(prefix="hap-") as empty,
+                caching(Path(empty)),
+            ):  # neither read nor write a real model
+                task = load_task(case.task, seed, partial(noting, seen))
             dense = Price.sum(steps_of(*each).plus(validation(each[1], each[2].epochs)) for each in seen)
             self.tasks[key] = task, dense
         return self.tasks[key]

@@ -6,10 +6,9 @@ counts as the batch they are from. Batches of sentences differ in length: a batc
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,12 @@ from hap.harness.run import groups_of
 from hap.harness.spec.cases import few
 from hap.harness.spec.functions import Ref
 from hap.harness.spec.spec import Case
+from hap.harness.supplied import Dense
 from hap.harness.task import Task
-from hap.harness.train.curve import INSTEAD, Curve
-from hap.harness.train.loop import generator, snapshot
+from hap.harness.train.loop import Curve, generator, snapshot
 from hap.harness.train.recipe import Recipe
 from hap.harness.train.step import LEAST, Stepper, optimiser
-from hap.structure.groups import Groups
+from hap.structure.kernels import sound
 
 STEPS = 2  # that are timed, after one that warms up
 LOADING, MOST = 3.0, 64  # seconds, and batches, by which the loading of data is timed
@@ -44,7 +43,7 @@ def steps_of(model: nn.Module, task: Task, recipe: Recipe, rng: torch.Generator)
     source = task.train(recipe.batch_size, rng)
     first = next(source)
     inputs, targets, share = _cut(task, *_part(task, first))
-    with FlopCounterMode(display=False) as counter:  # which does not see into what is compiled
+    with FlopCounterMode(display=False) as counter, sound(model):  # which does not see into what is compiled
         Stepper(model, task, plain, size)(inputs, targets)
     step = Stepper(model, task, here, size)
 
@@ -87,32 +86,28 @@ def extent(inputs: Any) -> int:
 def trace_of(task: Task, case: Case) -> Price:
     """Tracing, coupling and the check of surgery against masking."""
     start = time.perf_counter()
-    groups_of(task, case)
+    groups_of(task, case, Dense(case.task, 0, {}))
     return Price(0, 0.0, time.perf_counter() - start)
 
 
 def score_of(ref: Ref, task: Task, case: Case, seed: int) -> Price:
-    """A score, a reference or a method of a case: on one batch with few probes, times batches and probes."""
-    inputs, targets, share = _cut(task, *task.batches[0])
+    """A score, a reference or a method of a case with few probes, times the probes; a score on one batch, times all.
+
+    A method that trains is timed with its training.
+    """
     probes, cheap = few(ref)[0:2]
-    price = _measured(
-        partial(_scored, cheap, ref is case.method, task, case, groups_of(task, case), (inputs, targets), seed)
-    )
+    groups, call = groups_of(task, case, Dense(case.task, seed, {})), partial(cheap.load(), **cheap.options)
+    if ref is case.method:
+        return _measured(lambda: call(task, groups, case.budget, rng=generator(seed, "price"))).times(probes)
+    inputs, targets, share = _cut(task, *task.batches[0])
+    batch = [(inputs, targets)]
+    price = _measured(lambda: call(task.model, task.loss, batch, groups, rng=generator(seed, "price")))
     return price.times(probes * _whole(task.batches) / share)
 
 
 def _whole(batches: Sequence[tuple[Any, Tensor]]) -> float:
     """How many times the extent of the first they have together."""
     return sum(extent(inputs) for inputs, _ in batches) / extent(batches[0][0])
-
-
-def _scored(ref: Ref, method: bool, task: Task, case: Case, groups: Groups, batch: Any, seed: int) -> None:
-    rng = generator(seed, "price")
-    if not method:
-        ref.load()(task.model, task.loss, [batch], groups, rng=rng, **ref.options)
-        return
-    with instead():
-        ref.load()(replace(task, batches=[batch]), groups, case.budget, rng=rng, **ref.options)
 
 
 def _measured(do: Callable[[], Any]) -> Price:
@@ -145,21 +140,20 @@ def validation(task: Task, epochs: int, one: Price | None = None) -> Price:
     return (one or forward_of(task)).times(epochs * (task.test_samples or 0))
 
 
-@contextmanager
-def instead() -> Iterator[list[tuple[nn.Module, Task, Recipe, torch.Generator]]]:
-    """Inside, trainings are noted, not done."""
-    seen: list[tuple[nn.Module, Task, Recipe, torch.Generator]] = []
+class Noted(NamedTuple):
+    """A training that was asked for."""
 
-    def note(model: nn.Module, task: Task, recipe: Recipe, rng: torch.Generator) -> Curve:
-        seen.append((model, task, recipe, rng))
-        row = {"epoch": 0, "validation": {task.metric: 0.0, "loss": 0.0}}
-        return Curve([row], [snapshot(model)], [], task.metric)
+    model: nn.Module
+    task: Task
+    recipe: Recipe
+    rng: torch.Generator
 
-    token = INSTEAD.set(note)
-    try:
-        yield seen
-    finally:
-        INSTEAD.reset(token)
+
+def noting(seen: list[Noted], model: nn.Module, task: Task, recipe: Recipe, *, rng: torch.Generator, **_: Any) -> Curve:
+    """Takes the place of `fit`: notes what is asked for in `seen`, and trains nothing."""
+    seen.append(Noted(model, task, recipe, rng))
+    row = {"epoch": 0, "validation": {task.metric: 0.0, "loss": 0.0}}
+    return Curve([row], [snapshot(model)], [], task.metric)
 
 
 def _part(task: Task, batch: tuple[Any, Tensor]) -> tuple[Any, Tensor]:

@@ -1,4 +1,4 @@
-"""A rehearsal: a spec shrunk, its records in a temporary folder, reported there; nothing of it is kept."""
+"""A rehearsal: specs shrunk, their records in a temporary folder, reported there; nothing of it is kept."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

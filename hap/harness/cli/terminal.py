@@ -2,16 +2,24 @@
 
 import os
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from hap import HapError
+
+if TYPE_CHECKING:
+    from hap.harness.processes.workers import Executor
+
+    Context = typer.Context
+else:
+    Context = typer.Context.__base__  # typer passes one of this class, not of the class that it exports
 
 FOLDER = Path("reproductions")
 KEPT = "finished records are kept, and the same command goes on from there"
@@ -33,6 +41,8 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
             _complain(error)
             _leave(2)
             raise typer.Exit(2) from None
+        except typer.Exit:  # a RuntimeError to Python
+            raise
         except (RuntimeError, MemoryError) as error:
             from hap.harness.processes import ranks
             from hap.harness.train.step import memory_ran_out
@@ -108,3 +118,19 @@ def near(path: Path) -> str:
 def say(line: str) -> None:
     """Prints a line as it is."""
     out.print(Text(line), soft_wrap=True)
+
+
+@contextmanager
+def executing(context: Context) -> "Iterator[Executor]":
+    """Gives what makes the records of a command: the object of the context where its caller gave one, else a worker.
+
+    Under torchrun the ranks make them together, each in its own process.
+    """
+    from hap.harness.processes import ranks
+    from hap.harness.processes.workers import InProcess, Worker
+
+    if context.obj is not None or ranks.launched():
+        yield context.obj or InProcess()
+        return
+    with Worker() as worker:
+        yield worker

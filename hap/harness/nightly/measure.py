@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,19 +20,21 @@ from typing import Any
 import torch
 
 from hap import HapError
-from hap.harness.cli.doctor import ready
+from hap.harness.make import Job, alone, attempt
 from hap.harness.nightly import speed
 from hap.harness.nightly.history import SPEED, Row
+from hap.harness.processes import provenance
 from hap.harness.processes.files import atomic_write, cache, caching
-from hap.harness.records import provenance, store
-from hap.harness.run import Run
+from hap.harness.processes.progress import Say, Step
+from hap.harness.processes.workers import Executor, Known
+from hap.harness.records.record import Run
+from hap.harness.spec.functions import ready
 from hap.harness.spec.spec import STAGELESS, Case, Claim, Spec, require
 from hap.harness.task import MissingData
 from hap.harness.train.loop import threads
 from hap.harness.verdicts.measures import value
 
 WATCHED = ("one_shot", "selected")  # stages whose main metric is kept of every case, claimed or not
-Step = Callable[[str], Any]  # a context for each part of the night, as `progress` gives it
 
 
 @dataclass
@@ -61,7 +63,7 @@ def checked(night: str) -> str:
     return night
 
 
-def begin(taken: Iterable[str], specs: Sequence[Spec], made: Made, night: str | None = None) -> str:
+def begin(taken: Iterable[str], specs: Iterable[Spec], made: Made, night: str | None = None) -> str:
     """The night to measure: the one that is named, else one of these specs that was interrupted, else a new one.
 
     Runs of other code are not today's: a night that it began is dropped and noted, and refused where it is named.
@@ -94,7 +96,7 @@ def _begun(file: Path) -> dict[str, Any]:
 
 def seeds(night: str, spec: Spec) -> list[int]:
     """As many seeds as the spec has, drawn from the names of the night and the spec."""
-    texts = [f"{night}/{spec.name}/{i}" for i in range(len(spec.seeds))]
+    texts = [f"{night}/{spec.name}/{i}" for i in range(len(spec.first))]
     return [int.from_bytes(sha256(text.encode()).digest()[:4], "big") for text in texts]
 
 
@@ -108,46 +110,53 @@ def forget(night: str) -> None:
     shutil.rmtree(folder(night), ignore_errors=True)
 
 
-def runnable(specs: Sequence[Spec], notes: list[str]) -> list[Spec]:
+def runnable(specs: Mapping[Path, Spec], notes: list[str]) -> dict[Path, Spec]:
     """Those of the specs that this machine can run; `notes` takes why the others are left out."""
-    found = []
-    for spec in specs:
+    found = {}
+    for path, spec in specs.items():
         try:
             require(spec)
             for task in {str(case.task): case.task for case in spec.cases.values()}.values():
                 ready(task, spec.seeds[0])
-            found.append(spec)
+            found[path] = spec
         except MissingData as error:
             notes.append(f"{spec.name} is left out: {error}")
     return found
 
 
-def parts(specs: Sequence[Spec], timed: bool) -> int:
+def parts(specs: Iterable[Spec], timed: bool) -> int:
     """How many steps a night of these specs has."""
-    return sum(len(spec.cases) * len(spec.seeds) for spec in specs) + timed
+    return sum(len(spec.cases) * len(spec.first) for spec in specs) + timed
 
 
-def measure(night: str, specs: Sequence[Spec], root: Path | None, made: Made, step: Step) -> None:
+def measure(
+    night: str, specs: Mapping[Path, Spec], root: Path | None, made: Made, executor: Executor, step: Step
+) -> None:
     """Runs every case of the specs with the seeds of the night, then the works of the checkout `root`, into `made`.
 
-    What breaks is noted, and the rest goes on.
+    What breaks is noted, be it the process that makes a record, and the rest goes on.
     """
     place = folder(night)
-    jobs = [(spec, seed, case) for spec in specs for seed in seeds(night, spec) for case in spec.cases.values()]
+    wanted = [
+        (path, spec, case, seed)
+        for path, spec in specs.items()
+        for seed in seeds(night, spec)
+        for case in spec.cases.values()
+    ]
     with caching(place / "cache"):
-        for spec, seed, case in jobs:
-            what = f"{spec.name} {case.name} seed {seed}"
-            with step(what) as say, _surviving(what, made):
-                run = store.ensure(case, seed, place / "results", say=say)
-                made.rows.extend(of_run(night, spec, case, run))
+        for path, spec, case, seed in wanted:
+            command = alone(path, case, seed, Path("elsewhere"))  # what the night keeps goes when it is over
+            job = Job(case, seed, place / "results", alone=command)
+            with _surviving(f"{spec.name} {job.name}", made), step(f"{spec.name} {job.name}") as say:
+                made.rows.extend(of_run(night, spec, case, attempt(job, executor, say)))
         if root is not None:
-            with step("benchmarks"), _surviving("benchmarks", made):
-                made.rows.extend(of_works(night, root))
+            with _surviving("benchmarks", made), step("benchmarks") as say:
+                made.rows.extend(executor(of_works, night, root, say=say))
 
 
 def of_run(night: str, spec: Spec, case: Case, run: Run) -> Iterator[Row]:
     """The rows of a record: a row for each claim it bears on, and of what is watched and not claimed."""
-    where = {"device": run.environment["device"], "cpu": speed.cpu()}
+    where = {"device": run.environment["device"], "cpu": provenance.processor()}
     where |= {part: run.environment[part] for part in ("threads", "torch")}
     for claim in watched(spec, case):
         yield Row(
@@ -179,16 +188,16 @@ def watched(spec: Spec, case: Case) -> list[Claim]:
     return found
 
 
-def of_works(night: str, root: Path) -> Iterator[Row]:
+def of_works(night: str, root: Path, known: Known, say: Say) -> list[Row]:
     """The rows of the benchmarks, a ratio each."""
     with threads(speed.THREADS):
         found = speed.ratios(speed.works(root), speed.product())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    where: dict[str, str | int] = {"device": device, "cpu": speed.cpu(), "threads": speed.THREADS}
+    where: dict[str, str | int] = {"device": device, "cpu": provenance.processor(), "threads": speed.THREADS}
     where["torch"] = torch.__version__
     code = provenance.code()
-    for work, ratio in found.items():
-        yield Row(
+    return [
+        Row(
             night=night,
             spec=SPEED,
             claim="",
@@ -204,6 +213,8 @@ def of_works(night: str, root: Path) -> Iterator[Row]:
             machine=where,
             data="",
         )
+        for work, ratio in found.items()
+    ]
 
 
 @contextmanager
@@ -213,5 +224,7 @@ def _surviving(what: str, made: Made) -> Iterator[None]:
         yield
     except MissingData as error:
         made.notes.append(f"{what} is left out: {error}")
+    except HapError as error:
+        made.broken.append((what, str(error)))
     except Exception:
         made.broken.append((what, traceback.format_exc()))

@@ -1,10 +1,11 @@
 """Files written whole or not at all, by one process at a time; knows nothing of what is in them."""
 
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from hap import HapError
 
@@ -54,52 +55,43 @@ def caching(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Holds the file for this process, waiting for another; the system lets go when a process dies."""
+    """Holds the file for this process, waiting for another; the system lets go when a process dies.
+
+    HapError where the lock cannot be written, or where the file system has no locks.
+    """
     lock = _lock(file)
-    descriptor = _acquire(lock)
     try:
-        for left in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = _of(lock).acquire()
+    except OSError as error:
+        raise HapError(f"{lock}: cannot be written ({error.strerror})") from None
+    with held:
+        try:
+            for left in file.parent.glob(f".{file.name}.*.tmp"):  # of a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone, and begins again
 
 
 def is_locked(file: Path) -> bool:
     """Whether another process holds the file now."""
+    lock = _lock(file)
     try:
-        descriptor = os.open(_lock(file), os.O_RDWR)
-    except OSError:  # no one made the lock
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError:
+        if lock.exists():
+            with _of(lock).acquire(blocking=False):
+                lock.unlink(missing_ok=True)  # left by a process that was killed
+    except Timeout:
         return True
-    finally:
-        os.close(descriptor)
+    except OSError:  # nobody can hold what cannot be opened
+        return False
+    return False
 
 
 def _lock(file: Path) -> Path:
     return file.with_name(f".{file.name}.lock")
 
 
-def _acquire(lock: Path) -> int:
-    while True:
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
-        except OSError as error:
-            raise HapError(f"{lock}: cannot be written ({error.strerror})") from None
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _same(descriptor, lock):
-            return descriptor
-        os.close(descriptor)  # the holder removed the file while this process waited for it
-
-
-def _same(descriptor: int, lock: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), lock.stat())
-    except FileNotFoundError:
-        return False
+def _of(lock: Path) -> FileLock:
+    # a file that only exists would outlive a process that dies
+    return FileLock(lock, fallback_to_soft=False)

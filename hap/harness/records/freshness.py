@@ -25,13 +25,13 @@ import tarfile
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import hap
-from hap.harness.records.provenance import checksum
+from hap.harness.processes.provenance import checksum
 
 PACKAGE = Path(hap.__file__).parent
 ENTRANCE = "hap.harness.run:run"
@@ -40,14 +40,15 @@ ROLES = ("task", "score", "method", "reference", "implant", "update")
 SILENT = {
     f"hap.harness.{name}"
     for name in (
-        "spec.functions train.checkpoints processes.events processes.files records.freshness records.provenance "
-        "tasks.cache "
-        "binding checkpoints events files freshness provenance"  # where they lay until version 0.1, for older commits
+        "spec.functions train.checkpoints processes.progress processes.files processes.provenance processes.workers "
+        "records.freshness records.outcomes tasks.cache "
+        "binding checkpoints events files freshness provenance records.provenance"  # where they lay in older commits
     ).split()
 }
 
 State = Literal["fresh", "stale", "unknown"]
 Place = tuple[str, str]  # a module and a name in it
+DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,52 @@ class Age:
 FRESH = Age("fresh")
 
 
-@dataclass(frozen=True)
 class Module:
-    """What a module defines, name -> syntax and text without comments and docstrings; and what its names import."""
+    """A module of the package, parsed when something is asked of it: most are never reached."""
 
-    nodes: dict[str, ast.stmt]
-    texts: dict[str, str]
-    imports: dict[str, Place]
+    def __init__(self, text: str) -> None:
+        """`text`: its source."""
+        self.text = text
+        self._named: dict[str, list[Place]] = {}
+
+    @cached_property
+    def nodes(self) -> dict[str, ast.stmt]:
+        """What it defines at its top level, name -> syntax."""
+        return dict(_defined(self._parts[0]))
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """The same, name -> text without comments and docstrings."""
+        lines = _without_comments(self.text)
+        for node in self._parts:
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+                for line in range(node.body[0].lineno - 1, node.body[0].end_lineno or 0):
+                    lines[line] = ""
+        return {name: _text(node, lines) for name, node in self.nodes.items()}
+
+    @cached_property
+    def imports(self) -> dict[str, Place]:
+        """What its names import, anywhere in it."""
+        return dict(_imported(self._parts))
+
+    @cached_property
+    def _parts(self) -> list[Any]:
+        return list(ast.walk(ast.parse(self.text)))
+
+    def named(self, name: str) -> list[Place]:
+        """What the definition `name` names: the module's own ("" for the module), and what it imports."""
+        if name not in self._named:
+            self._named[name] = list(self._names(self.nodes[name]))
+        return self._named[name]
+
+    def _names(self, definition: ast.stmt) -> Iterator[Place]:
+        for part in ast.walk(definition):
+            if isinstance(part, ast.Name) and part.id in self.nodes:
+                yield "", part.id
+            elif isinstance(part, ast.Name) and part.id in self.imports:
+                yield self.imports[part.id]
+            elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id in self.imports:
+                yield ".".join(filter(None, self.imports[part.value.id])), part.attr
 
 
 Sources = Mapping[str, Module]
@@ -149,20 +189,8 @@ def deciding(sources: Sources, roots: Iterable[str]) -> dict[str, str]:
             waiting += _handed_on(sources, place)
             continue
         found[whole] = sources[module].texts[name]
-        waiting += _named(sources, place)
+        waiting += ((other or module, each) for other, each in sources[module].named(name))
     return found
-
-
-def _named(sources: Sources, place: Place) -> Iterator[Place]:
-    """What a definition names: its own module's, and what that imports, also by an attribute of a module."""
-    module = sources[place[0]]
-    for part in ast.walk(module.nodes[place[1]]):
-        if isinstance(part, ast.Name) and part.id in module.nodes:
-            yield place[0], part.id
-        elif isinstance(part, ast.Name) and part.id in module.imports:
-            yield module.imports[part.id]
-        elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id in module.imports:
-            yield ".".join(filter(None, module.imports[part.value.id])), part.attr
 
 
 def _handed_on(sources: Sources, place: Place) -> Iterator[Place]:
@@ -206,18 +234,10 @@ def _module(file: Path) -> str:
     return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
 
 
+@lru_cache(maxsize=4096)  # of most files the text is the same on disk and at several commits
 def parsed(text: str) -> Module:
     """A module from its text."""
-    tree, lines = ast.parse(text), _without_comments(text)
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and ast.get_docstring(node) is not None
-        ):
-            for line in range(node.body[0].lineno - 1, node.body[0].end_lineno or 0):
-                lines[line] = ""
-    nodes = dict(_defined(tree))
-    return Module(nodes, {name: _text(node, lines) for name, node in nodes.items()}, dict(_imported(tree)))
+    return Module(text)
 
 
 def _text(node: ast.stmt, lines: list[str]) -> str:
@@ -244,8 +264,8 @@ def _defined(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
             yield from ((part.id, node) for part in parts if isinstance(part, ast.Name))
 
 
-def _imported(tree: ast.Module) -> Iterator[tuple[str, Place]]:
-    for node in ast.walk(tree):
+def _imported(parts: Iterable[ast.AST]) -> Iterator[tuple[str, Place]]:
+    for node in parts:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 whole = alias.name if alias.asname else alias.name.partition(".")[0]

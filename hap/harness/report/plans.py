@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from statistics import fmean
 
-from hap.harness.run import Run
+from hap.harness.records.record import Run
 from hap.harness.spec.spec import Spec
 from hap.plan import Budget
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from hap.harness.records.record import Run
 from hap.harness.records.store import path
 from hap.harness.report.tables import METRICS, Runs, published
-from hap.harness.run import Run
 from hap.harness.spec.spec import Case, Spec
 
 _HERE = Path()  # the page lies in results/, so records are named from there

@@ -4,7 +4,7 @@ Equal evidence gives equal bytes: no dates, no versions, no order but that of th
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -41,8 +41,23 @@ def entries(specs: Path, results: Path) -> list[Entry]:
     return sorted(found, key=lambda entry: not any(entry.runs.values()))
 
 
-def write(specs: Sequence[Path], results: Path, told: Told = lambda file: None) -> list[Path]:
-    """Writes everything for these spec files, and the pages of all that lie beside the first; tells each file."""
+def read(specs: Sequence[Path], results: Path) -> dict[Path, Entry]:
+    """The records and verdicts of spec files, and of all beside the first; HapError where one of `specs` is wrong."""
+    folder = specs[0].parent
+    found = {folder / f"{entry.name}.toml": entry for entry in entries(folder, results)}
+    for path in specs:
+        if path not in found or found[path].spec is None:
+            found[path] = _judged(path, results)
+    return found
+
+
+def write(
+    specs: Sequence[Path], results: Path, told: Told = lambda file: None, found: Mapping[Path, Entry] | None = None
+) -> list[Path]:
+    """Writes everything for these spec files, and the pages of all that lie beside the first; tells each file.
+
+    `found`: what `read` gave for them, where it has been called.
+    """
     files: list[Path] = []
 
     def done(made: Sequence[Path]) -> None:
@@ -50,32 +65,29 @@ def write(specs: Sequence[Path], results: Path, told: Told = lambda file: None) 
             told(file)
             files.append(file)
 
-    for folder in dict.fromkeys(path.parent for path in specs[:1]):
-        found = entries(folder, results)
-        known = {folder / f"{entry.name}.toml": entry for entry in found}
+    if specs:
+        found = read(specs, results) if found is None else found
         for path in specs:
-            spec, runs = _read(path, known.get(path), results)
+            spec, runs = found[path].spec, found[path].runs
+            assert spec is not None  # `read` raises where it is none
             done(tables(spec, runs, results))
             done(figures(spec, runs, results, path.resolve().parent.parent))
-        done([summary(found, results), page.write(found, results)])
+        beside = [entry for path, entry in found.items() if path.parent == specs[0].parent]
+        done([summary(beside, results), page.write(beside, results)])
     return files
-
-
-def _read(path: Path, known: Entry | None, results: Path) -> tuple[Spec, Runs]:
-    """A spec and its records, as far as they are not read yet."""
-    if known is not None and known.spec is not None:
-        return known.spec, known.runs
-    spec = load_spec(path)
-    return spec, store.evidence(spec, results)
 
 
 def _entry(path: Path, results: Path) -> Entry:
     try:
-        spec = load_spec(path)
-        runs = store.evidence(spec, results)
-        return Entry(path.stem, spec, runs, tuple(verdicts(spec, runs)))
+        return _judged(path, results)
     except HapError as error:
         return Entry(path.stem, mistake=str(error).replace(str(path), path.name))
+
+
+def _judged(path: Path, results: Path) -> Entry:
+    spec = load_spec(path)
+    runs = store.evidence(spec, results)
+    return Entry(path.stem, spec, runs, tuple(verdicts(spec, runs)))
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, InstanceOf
 
+from hap.budget import Budget
 from hap.harness.spec.functions import ROLES, Ref, Spelled, Strict, build, resolve, wrong
-from hap.harness.train.loop import Recipe
-from hap.plan import Budget
+from hap.harness.train.recipe import Recipe
 
 Coupling = Literal["tied", "union"]
 Prune = Literal["all", "heads"]
@@ -80,8 +80,11 @@ class CaseTable(Strict):
     recalibrate: bool = False
 
 
-def expand(spec: str, name: str, tables: Mapping[str, CaseTable], shared: Given) -> Iterator[Case]:
-    """The cases that the table `name` stands for, one a budget; `shared` is what it has where it says nothing."""
+def expand(spec: str, name: str, tables: Mapping[str, CaseTable], shared: Given, bind: bool) -> Iterator[Case]:
+    """The cases that the table `name` stands for, one a budget; `shared` is what it has where it says nothing.
+
+    `bind`: the functions that it names are imported, and its options checked against their signatures.
+    """
     where = f"cases.{name}"
     given = {**shared, **_inherit(name, tables)}
     parts: dict[str, Any] = {field: value for field, (_, value) in given.items() if value is not None}
@@ -90,7 +93,7 @@ def expand(spec: str, name: str, tables: Mapping[str, CaseTable], shared: Given)
             raise wrong(f"{where}.{needed}", "is required")
     if len(parts.keys() & {"score", "method"}) != 1:
         raise wrong(where, "must give exactly one of score and method", sorted(parts.keys() & {"score", "method"}))
-    for role in parts.keys() & ROLES.keys():
+    for role in parts.keys() & ROLES.keys() if bind else ():
         resolve(given[role][0], role, parts[role])
     if "finetune" in parts:
         parts["finetune"] = build(given["finetune"][0], Recipe, parts["finetune"])

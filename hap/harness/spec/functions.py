@@ -5,12 +5,17 @@ import json
 import pkgutil
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from hap import HapError
+
+if TYPE_CHECKING:
+    import hap.harness.task  # it needs torch, which a spec that is only read does not
 
 Built = TypeVar("Built")
 Function = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*$")]
@@ -25,7 +30,7 @@ ROLES: dict[str, Role] = {
     "implant": (("module", "rows", "inputs"), ()),
     "update": (("reader", "kept", "moments"), ()),
 }
-OFFERED = {"pruned", "halves", "say", "weighted"}  # what a caller hands over to a function that asks for it
+OFFERED = {"pruned", "halves", "fit", "weighted"}  # what a caller hands over to a function that asks for it
 
 
 class Strict(BaseModel):
@@ -90,6 +95,16 @@ def resolve(where: str, role: str, ref: Ref) -> None:
     _bind(where, function, ROLES[role], ref.options)
 
 
+def ready(task: Ref, seed: int) -> "hap.harness.task.Data":
+    """The data of a workload, read; a task module may offer `ready(**options)` where its task takes long to make."""
+    from hap.harness.task import Data
+
+    quick = getattr(import_module(task.use.partition(":")[0]), "ready", None)
+    data = quick(**task.options) if quick is not None else task.load()(seed, **task.options).data
+    assert isinstance(data, Data)
+    return data
+
+
 def build(where: str, cls: type[Built], table: dict[str, Any]) -> Built:
     """The dataclass `cls` filled in from a table."""
     _bind(where, cls, ((), ()), table)
@@ -121,6 +136,16 @@ def _bind(where: str, function: Callable[..., Any], role: Role, table: dict[str,
             _check(join(where, name), signature.parameters[name].annotation, value)
 
 
+def _adapter(annotation: Any) -> Any:
+    try:
+        return _kept(annotation)
+    except TypeError:  # it has a part that cannot be hashed
+        return TypeAdapter(annotation)
+
+
+_kept = cache(TypeAdapter)  # many options have the same type
+
+
 def _known(options: list[str]) -> str:
     return f"known are {', '.join(options)}" if options else "none is known"
 
@@ -129,7 +154,7 @@ def _check(where: str, annotation: Any, value: Any) -> None:
     if annotation is inspect.Parameter.empty or isinstance(annotation, str):
         return
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+        adapter = _adapter(annotation)
     except PydanticUserError:  # a type of the function's own, which only the function can judge
         return
     try:

@@ -38,7 +38,7 @@ def trained(
     compile: bool = False,
     lr: float = 0.1,
     smoke: bool = False,
-    say: training.Say = training.silent,
+    fit: training.Fit | None = None,
 ) -> Task:
     """The network of `build`, trained with this seed where its weights are not in the cache; the rest as `pretrained`.
 
@@ -56,7 +56,7 @@ def trained(
     sources = [nets, data, cifar10, training, stepping, recipes, losses, sys.modules[__name__]]
     whole = partial(epoch, splits["train"], normalise=NORMALISE, pad=4, flip=True)
     learner = replace(made, train=whole, train_size=len(splits["train"].labels))
-    found = cached(name, seed, decides, sources, partial(_trained, learner, recipe, seed, keep, say))
+    found = cached(name, seed, decides, sources, partial(_trained, learner, recipe, seed, keep, fit))
     made.model.load_state_dict(found.weights)
     made.model.eval()
     return replace(made, notes=tuple(found.notes))
@@ -67,9 +67,11 @@ def ready(**options: object) -> Data:
     return data.cifar10()[2]
 
 
-def _trained(task: Task, recipe: training.Recipe, seed: int, keep: str, say: training.Say, folder: Path) -> Trained:
+def _trained(
+    task: Task, recipe: training.Recipe, seed: int, keep: str, fit: training.Fit | None, folder: Path
+) -> Trained:
     rng, best = training.generator(seed, "train"), keep == "best_test"
-    curve = training.fit(task.model, task, recipe, rng=rng, say=say, keep=folder, snapshots=best)
+    curve = (fit or training.fit)(task.model, task, recipe, rng=rng, keep=folder, snapshots=best)
     if not best:
         return Trained(training.snapshot(task.model), curve.notes)
 

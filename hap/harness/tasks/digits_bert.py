@@ -12,6 +12,7 @@ from torch import nn
 from hap.harness.task import Data, MissingData, Task
 from hap.harness.tasks import digits_preresnet, encoder, text
 from hap.harness.tasks.cache import Trained, cached
+from hap.harness.tasks.data import device
 from hap.harness.train import loop as training
 from hap.harness.train import recipe as recipes
 from hap.harness.train import step as stepping
@@ -46,7 +47,7 @@ CONFIG: dict[str, Any] = {
 
 
 def task(
-    seed: int, *, samples: int = 128, batch: int = 64, smoke: bool = False, say: training.Say = training.silent
+    seed: int, *, samples: int = 128, batch: int = 64, smoke: bool = False, fit: training.Fit | None = None
 ) -> Task:
     """A BERT of 2 layers with 8 heads each, trained with this seed from scratch; `samples` for calibration.
 
@@ -57,14 +58,15 @@ def task(
     if smoke:
         parts = {name: tokens.part(torch.arange(encoder.SMOKE[name])) for name, tokens in parts.items()}
         samples, recipe = min(samples, encoder.SMOKE["calibration"]), replace(RECIPE, epochs=1)
+    parts = {name: tokens.to(device()) for name, tokens in parts.items()}
     made = encoder.workload(
-        "digits_bert", _network(seed), parts, data, seed,
+        "digits_bert", _network(seed).to(device()), parts, data, seed,
         pad=0, samples=samples, batch=batch, train_samples=None, metric="accuracy", shown=LENGTH,
     )  # fmt: skip
     made = replace(made, threads=1)  # so small a network gains nothing from a second
     decides = [CONFIG, recipe, encoder.SMOKE if smoke else None, data.sha256, encoder.version()]
     sources = [text, encoder, training, stepping, recipes, losses, sys.modules[__name__]]
-    found = cached(made.name, seed, decides, sources, partial(_trained, made, recipe, seed, say))
+    found = cached(made.name, seed, decides, sources, partial(_trained, made, recipe, seed, fit))
     made.model.load_state_dict(found.weights)
     made.model.eval()
     return replace(made, notes=tuple(found.notes))
@@ -75,9 +77,9 @@ def ready(**options: object) -> Data:
     return digits_preresnet.ready()
 
 
-def _trained(task: Task, recipe: training.Recipe, seed: int, say: training.Say, keep: Path) -> Trained:
+def _trained(task: Task, recipe: training.Recipe, seed: int, fit: training.Fit | None, keep: Path) -> Trained:
     rng = training.generator(seed, "train")
-    curve = training.fit(task.model, task, recipe, rng=rng, say=say, keep=keep, snapshots=False)
+    curve = (fit or training.fit)(task.model, task, recipe, rng=rng, keep=keep, snapshots=False)
     return Trained(training.snapshot(task.model), curve.notes)
 
 

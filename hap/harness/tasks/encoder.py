@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hap import HapError
-from hap.harness.task import Data, MissingData, Task
+from hap.harness.task import Data, MissingData, Seen, Task
 from hap.harness.tasks import glue, text
 from hap.harness.tasks.cache import Trained, cached
 from hap.harness.tasks.data import device, positive
@@ -54,7 +54,7 @@ def finetuned(
     autocast: str | None = None,
     attention: Literal["sdpa", "eager"] = "sdpa",
     smoke: bool = False,
-    say: training.Say = training.silent,
+    fit: training.Fit | None = None,
 ) -> Task:
     """The encoder with a fresh head, trained with this seed: AdamW, batches of 32, a tenth of warm-up, linear decay.
 
@@ -85,7 +85,7 @@ def finetuned(
     decides = [place.revision, recipe, subset, length, attention, SMOKE if smoke else None, *digests]
     whole = partial(text.epoch, parts["train"], pad=tokenizer.pad_token_id)
     learner = replace(made, train=whole, train_size=len(parts["train"].labels))
-    trained = cached(made.name, seed, decides, SOURCES, partial(_trained, learner, recipe, seed, say))
+    trained = cached(made.name, seed, decides, SOURCES, partial(_trained, learner, recipe, seed, fit))
     made.model.load_state_dict(trained.weights)
     made.model.eval()
     return replace(made, notes=tuple(trained.notes))
@@ -108,8 +108,8 @@ def workload(
     """The task of an encoder and these splits; MACs and latency are those of an example of `shown` tokens at most."""
     loss, train = CrossEntropy(call=logits), parts["train"]
 
-    def evaluate(model: nn.Module, which: str) -> dict[str, float]:
-        return text.measure(model, loss.call, parts[which], pad)
+    def evaluate(model: nn.Module, which: str, seen: Seen | None = None) -> dict[str, float]:
+        return text.measure(model, loss.call, parts[which], pad, seen=seen)
 
     longest = train.lengths.argmax()[None]
     return Task(
@@ -218,9 +218,9 @@ def _encode(tokenizer: Any, texts: list[tuple[str, ...]], length: int) -> list[t
     return list(zip(found["input_ids"], found["token_type_ids"], strict=True))
 
 
-def _trained(task: Task, recipe: training.Recipe, seed: int, say: training.Say, keep: Path) -> Trained:
+def _trained(task: Task, recipe: training.Recipe, seed: int, fit: training.Fit | None, keep: Path) -> Trained:
     rng = training.generator(seed, "train")
-    curve = training.fit(task.model, task, recipe, rng=rng, say=say, keep=keep, snapshots=False)
+    curve = (fit or training.fit)(task.model, task, recipe, rng=rng, keep=keep, snapshots=False)
     return Trained(training.snapshot(task.model), curve.notes)
 
 

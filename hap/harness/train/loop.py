@@ -8,7 +8,7 @@ ranks share each batch, and end with what one would have, but for rounding.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -21,21 +21,44 @@ from torch import Tensor, nn
 from hap import HapError
 from hap.harness.batchnorm import synchronised
 from hap.harness.processes import ranks
-from hap.harness.processes.events import Event as Event
-from hap.harness.processes.events import Say as Say
-from hap.harness.processes.events import silent as silent
-from hap.harness.records.provenance import code, environment
+from hap.harness.processes.progress import Event, Say, silent
+from hap.harness.processes.provenance import code, environment
+from hap.harness.processes.workers import Broken
 from hap.harness.task import Task
 from hap.harness.train.checkpoints import Keeper, Point
 from hap.harness.train.checkpoints import State as State
-from hap.harness.train.curve import INSTEAD
-from hap.harness.train.curve import Curve as Curve
 from hap.harness.train.ema import averaging
+from hap.harness.train.exact import exactly as exactly
+from hap.harness.train.exact import undetermined
 from hap.harness.train.recipe import Recipe as Recipe
 from hap.harness.train.recipe import learning_rate as learning_rate
 from hap.harness.train.step import Stepper, dropping, memory_ran_out, optimiser
-from hap.harness.train.step import exactly as exactly
 from hap.harness.train.step import threads as threads
+from hap.structure.kernels import sound
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What happened in each epoch: a row of numbers and the state of the model, on the CPU or on disk."""
+
+    epochs: list[dict[str, Any]]
+    snapshots: Sequence[State | Callable[[], State]]  # none where they were not asked for
+    notes: list[str] = field(default_factory=list)  # what the record must say of the training
+    metric: str = "accuracy"  # higher is better
+
+    @property
+    def selected(self) -> int:
+        """The epoch of best validation; of equals, that of lower loss, then the earlier."""
+        found = [row["validation"] for row in self.epochs]
+        return max(range(len(found)), key=lambda i: (found[i][self.metric], -found[i]["loss"], -i))
+
+    def states(self) -> Iterator[State]:
+        """The snapshots, one at a time."""
+        for each in self.snapshots:
+            yield each() if callable(each) else each
+
+
+Fit = Callable[..., Curve]  # what trains a model, called as `fit` is
 
 
 def fit(
@@ -53,11 +76,9 @@ def fit(
     `keep`: a folder for each epoch, which must be this training's own; what is whole there is gone on from.
     `snapshots`: whether the curve has the model after each epoch.
     """
-    if (instead := INSTEAD.get()) is not None:
-        return instead(model, task, recipe, rng)
     if recipe.distil is not None and task.model is model:
         raise HapError(f"{task.name}: recipe.distil needs a dense model to learn from, found the model that is trained")
-    with threads(task.threads), exactly(), synchronised(model):
+    with threads(task.threads), exactly(), synchronised(model), sound(model):
         trainer = _Trainer(model, task, recipe, rng, say)
         keeper = None if keep is None else Keeper(keep, trainer.identity(snapshots), snapshots)
         states = trainer.resume(keeper)
@@ -89,18 +110,24 @@ class _Trainer:
         self.optimiser = optimiser(self.model, recipe)
 
     def epoch(self, number: int, before: Point) -> None:
-        """One epoch; again from `before` with smaller micro-batches where memory runs out, told once."""
+        """One epoch; again from `before` with smaller micro-batches where memory runs out, told once.
+
+        Likewise with ops that have no deterministic algorithm, where the model calls any.
+        """
         start, told = time.perf_counter(), len(self.step.notes)
         while True:
             try:
                 loss, lr = self._pass(number) if number < self.recipe.epochs else self._stabilise()
                 break
             except RuntimeError as error:
-                if not memory_ran_out(error):
+                line = undetermined(error)
+                if line is None and not memory_ran_out(error):
                     raise
                 # the other ranks are still waiting for this one, and would not begin the epoch again
-                if ranks.world() > 1 or not self.step.halve():
-                    raise HapError(
+                if line is not None:
+                    self.step.accept(line)
+                elif ranks.world() > 1 or not self.step.halve():
+                    raise Broken(
                         f"{self.task.name}: memory ran out with micro-batches of {self.step.micro_batch} samples "
                         f"({' '.join(str(error).split())[:120]})"
                     ) from None

@@ -19,10 +19,10 @@ LEAST = 2  # samples of a micro-batch: BatchNorm has no variance over one
 TEMPERATURE = 4.0  # of the distillation, where a recipe does not say [Hinton15]
 
 
-def memory_ran_out(error: RuntimeError) -> bool:
+def memory_ran_out(error: Exception) -> bool:
     """Whether a device, or the machine, had no memory left."""
     signs = ("out of memory", "not enough memory", "ALLOC_FAILED")  # of CUDA, of the CPU, of cuBLAS and cuDNN
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Stepper:
         """
         mine, total = len(targets), targets.new_zeros((), dtype=torch.float32)
         whole, mass = whole or mine, ranks.summed(self.task.loss.mass(targets))
+        mass = mass.where(mass > 0, 1)  # a batch of ignored targets has no loss; 0 / 0 would spoil the weights
         world = ranks.world()
         # of sizes as equal as can be; as many on each rank, for in each the ranks wait for each other
         parts = min(math.ceil(math.ceil(whole / world) / self.micro_batch), whole // world)
@@ -73,6 +74,12 @@ class Stepper:
             "BatchNorm sees micro-batches"
         )
         return True
+
+    def accept(self, line: str) -> None:
+        """Ops without a deterministic algorithm are called from here on, and `line` says so."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        self._forward = None  # what averages over ranks is left in the middle of a pass
+        self.note(line)
 
     def note(self, line: str) -> None:
         """Keeps a line for the record, once: a training that goes on meets the same again."""
@@ -159,18 +166,6 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def exactly() -> Iterator[None]:
-    """The same numbers each time on one machine, float32 where they say so: no TF32, no algorithm chosen by timing."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
-    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 def distillation(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:

@@ -10,15 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 from fakes import LARGE, SPEC, fake_run, with_accuracy, write_spec
 from typer.testing import CliRunner
 
 from hap.harness.cli import app as cli
 from hap.harness.cli import terminal
+from hap.harness.processes.progress import Event
+from hap.harness.processes.workers import InProcess
 from hap.harness.records import store
 from hap.harness.spec.spec import load_spec
 from hap.harness.task import Data, MissingData
-from hap.harness.train.loop import Event
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parents[3]
 def folder(tmp_path, monkeypatch):
     """A folder with one spec, whose runs are made up: hap is a little better than random."""
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         say(Event("fine-tuning", 0.5))
         better = 0.5 if case.name == "hap" else 0.0
         return with_accuracy(fake_run(case, seed), "selected", 94.0 + better + seed / 10 * better)
@@ -39,14 +41,15 @@ def folder(tmp_path, monkeypatch):
 
 
 def hap(*args):
-    return CliRunner().invoke(cli.app, args)
+    """The command, with records made in this process, where a test has put something in the place of a run."""
+    return CliRunner().invoke(cli.app, args, obj=InProcess())
 
 
 def test_run_makes_judges_reports_and_sums_up(folder):
     told = hap("run", "table")
     assert told.exit_code == 0
     assert "table [1/6] hap seed 0\n" in told.stdout
-    assert "table [6/6] random seed 2: there after 0.0 s" in told.stdout
+    assert "table [6/6] random seed 2: there after 0." in told.stdout
     assert (
         "  HOLDS     hap is no worse than random\n"
         f"             observed 0.55 (0.4657 to 0.6343; Student, test set of {LARGE}) over 3 seeds, "
@@ -64,7 +67,7 @@ def test_run_makes_only_what_is_missing_unless_told_again(folder, monkeypatch):
     hap("run", "table")
     made = []
     monkeypatch.setattr(
-        "hap.harness.run.run", lambda case, seed, *, say, keep: made.append(seed) or fake_run(case, seed)
+        "hap.harness.run.run", lambda case, seed, *, known, say, keep: made.append(seed) or fake_run(case, seed)
     )
     assert hap("run", "all").exit_code == 0
     assert made == []
@@ -187,7 +190,7 @@ def test_a_malformed_spec_is_one_line(folder):
 
 
 def test_missing_data_stops_a_spec_and_leaves_it_out_of_many(folder, monkeypatch):
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         raise MissingData("cifar10: not in ./data; get it")
 
     monkeypatch.setattr("hap.harness.run.run", run)
@@ -200,7 +203,7 @@ def test_missing_data_stops_a_spec_and_leaves_it_out_of_many(folder, monkeypatch
 
 
 def test_an_interruption_keeps_what_is_finished_and_says_so(folder, monkeypatch):
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         if seed == 1:
             raise KeyboardInterrupt
         return fake_run(case, seed)
@@ -212,42 +215,68 @@ def test_an_interruption_keeps_what_is_finished_and_says_so(folder, monkeypatch)
     assert [path.name for path in (folder / "results").rglob("*") if path.is_file()] == ["seed0.json"]
 
 
-SLOW = """
-import time
-import hap.harness.run as procedure
-
-def run(case, seed, *, say, keep):
-    open("running", "w").close()
-    time.sleep(60)
-
-procedure.run = run
-from hap.harness.cli import main
-main()
-"""
+PLACES = [str(Path(__file__).parents[1]), str(ROOT)]
 
 
-def test_control_c_in_a_real_process(folder):
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "run", "table"],
+def started(folder, *args):
+    """The real command, in a process of its own, its records in another."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([*PLACES, os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "hap", *args],
         cwd=folder,
-        env=env,
+        env=env | {"HAP_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         # a shell's background job ignores the signal, and so would its children
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 60
-    while not (folder / "running").exists() and time.monotonic() < deadline:
+
+
+def strange(folder, *names, budget=0.5):
+    """A spec of the tiny network with a case for each of these functions of strangers, after one of HAP."""
+    head, _, claims = tiny.SPEC.replace("[0.5, 0.7]", f"[{budget}]").partition("[[claims]]")
+    cases = "".join(f'[cases.{name}]\nlike = "hap"\nscore = "strangers:{name}"\n\n' for name in names)
+    return write_spec(folder, f"{head}{cases}[[claims]]{claims}".replace("[0, 1, 2]", "[0]"), "strange")
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["of a terminal", "to the command alone"])
+def test_control_c_in_a_real_process(tmp_path, both):
+    """A terminal sends the signal to the command and to its worker; finished records are kept, nothing else is left."""
+    strange(tmp_path, "slow")
+    process = started(tmp_path, "run", "strange")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "running").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
+    os.killpg(process.pid, signal.SIGINT) if both else process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert told.strip() == f"hap: interrupted; {terminal.KEPT}"
-    assert [path.name for path in (folder / "results").rglob("*") if path.is_file()] == []
+    assert [path.name for path in (tmp_path / "results").rglob("*") if path.is_file()] == ["seed0.json"]
+    assert not list((tmp_path / "cache").rglob(".*"))
+
+
+def test_records_that_end_their_process_are_broken_and_the_others_are_made(tmp_path):
+    """A score that aborts, one that is killed and one that lacks memory; then the command that repeats one."""
+    path = strange(tmp_path, "aborts", "killed", "exhausts", "same")
+    process = started(tmp_path, "run", "strange")
+    told, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors) == (1, "")
+    again = f"; to repeat it: hap record {path.relative_to(tmp_path)}"
+    assert f"strange: aborts@50 seed 0 is BROKEN: its process was ended by SIGABRT{again} aborts@50 0\n" in told
+    assert "strange: killed@50 seed 0 is BROKEN: its process was ended by SIGKILL, as the system does when" in told
+    assert f"exhausts@50 seed 0 is BROKEN: memory ran out (a made-up lack of it){again} exhausts@50 0\n" in told
+    assert "[5/5] same@50 seed 0: there after" in told
+    assert "  UNDECIDED Half of the network is enough\n" in told  # for one seed says nothing of chance
+    assert "\n3 of 5 records are BROKEN, as said above\n" in told
+    made = sorted(file.parent.name.partition("-")[0] for file in (tmp_path / "results" / "strange").rglob("*.json"))
+    assert made == ["hap@50", "same@50"]
+    assert (tmp_path / "results" / "VERDICTS.md").exists()
+    process = started(tmp_path, "record", str(path), "aborts@50", "0")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert errors == "hap: strange: aborts@50 seed 0 is BROKEN: its process was ended by SIGABRT\n"
 
 
 @pytest.fixture
@@ -359,16 +388,31 @@ def test_doctor_makes_a_task_that_offers_nothing_quicker(monkeypatch):
     assert doctor.ready(Ref(use="fakes:task", options={"width": 2}), 0) == data
 
 
-def test_help_imports_nothing_heavy():
+HEAVY = ("torch", "pandas", "matplotlib", "scipy.stats")
+
+
+@pytest.mark.parametrize(
+    ("args", "not_imported", "says"),
+    [
+        ("--help", (*HEAVY, "numpy", "scipy", "pydantic"), "doctor"),
+        ("list", (*HEAVY, "numpy", "scipy"), "digits"),
+        ("judge digits", HEAVY, "HOLDS"),
+        ("judge digts", (*HEAVY, "numpy"), "spec digts: must be a file or a name"),
+        ("run digts", (*HEAVY, "numpy"), "spec digts: must be a file or a name"),
+        ("cost digts", (*HEAVY, "numpy"), "spec digts: must be a file or a name"),
+        ("report digts", (*HEAVY, "numpy"), "spec digts: must be a file or a name"),
+    ],
+)
+def test_a_command_imports_nothing_heavy_that_it_does_not_need(args, not_imported, says):
     code = (
-        "import sys\nsys.argv = ['hap', '--help']\nfrom hap.harness.cli import main\n"
+        f"import sys\nsys.argv = {['hap', *args.split()]}\nfrom hap.harness.cli import main\n"
         "try:\n    main()\nexcept SystemExit: pass\n"
-        "print([m for m in ('torch', 'pydantic', 'pandas', 'numpy', 'scipy', 'matplotlib') if m in sys.modules])"
+        f"print([m for m in {not_imported} if m in sys.modules])"
     )
     env = {key: value for key, value in os.environ.items() if not key.startswith(("COV", "PYTHONPATH"))}
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert told.stdout.strip().endswith("[]")
-    assert "doctor" in told.stdout
+    assert says in told.stdout + told.stderr
 
 
 def test_python_m_hap_is_the_same_command():
@@ -403,7 +447,7 @@ def test_a_spec_for_a_gpu_is_not_begun_without_one_but_its_records_are_read(fold
 def test_smoke_goes_through_every_stage_and_keeps_nothing(folder, monkeypatch):
     seen = []
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         seen.append((case.name, seed, case.finetune.epochs, Path(os.environ["HAP_CACHE"]).parent))
         return fake_run(case, seed)
 
@@ -429,12 +473,36 @@ def test_smoke_goes_through_every_stage_and_keeps_nothing(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), MemoryError()])
-def test_memory_that_runs_out_anywhere_is_one_line(folder, monkeypatch, error):
-    def run(case, seed, *, say, keep):
-        raise error
+def test_memory_that_runs_out_breaks_a_record_and_no_more(folder, monkeypatch, error):
+    def run(case, seed, *, known, say, keep):
+        if seed == 1:
+            raise error
+        return fake_run(case, seed)
 
     monkeypatch.setattr("hap.harness.run.run", run)
     told = hap("run", "table")
-    assert told.exit_code == 2
-    assert "hap: memory ran out (" in told.stderr
-    assert "goes on from there" in told.stderr
+    assert told.exit_code == 1
+    assert (
+        f"table: hap seed 1 is BROKEN: memory ran out ({error}); to repeat it: hap record reproductions/" in told.stdout
+    )
+    assert "2 of 6 records are BROKEN" in told.stdout
+    assert len(list((folder / "results").rglob("seed*.json"))) == 4
+
+
+def test_a_seed_of_no_spec_is_repeated_elsewhere(folder):
+    """As that of a night."""
+    told = hap("record", "reproductions/table.toml", "hap", "7")
+    assert (told.exit_code, told.stderr.count("\n")) == (2, 1)
+    assert hap("record", "reproductions/table.toml", "hap", "7", "--results", "elsewhere").exit_code == 0
+    assert [file.name for file in (folder / "elsewhere").rglob("*.json")] == ["seed7.json"]
+
+
+def test_by_jobs_only_what_is_missing_is_sent(folder, monkeypatch):
+    spec = load_spec(folder / "reproductions" / "table.toml")
+    store.save(fake_run(spec.cases["hap"], 1), folder / "results")
+    sent = []
+    monkeypatch.setattr("hap.harness.cli.slurm.fan_out", lambda records, given, say: sent.extend(records))
+    hap("run", "table", "--case", "hap", "--slurm", "cluster=local")
+    assert [(record.job.case.name, record.job.seed) for record in sent] == [("hap", 0), ("hap", 2)]
+    hap("run", "table", "--case", "hap", "--slurm", "cluster=local", "--again")
+    assert len(sent) == 5

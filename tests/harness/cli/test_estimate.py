@@ -17,7 +17,6 @@ from hap.harness.cli.bill import Estimate, Price
 from hap.harness.cli.pricing import steps_of
 from hap.harness.spec.cases import few
 from hap.harness.spec.spec import load_spec
-from hap.harness.train.curve import INSTEAD
 from hap.harness.train.loop import Recipe, generator, snapshot
 
 ROOT = Path(__file__).parents[3]
@@ -129,13 +128,6 @@ def test_the_dense_training_is_that_of_the_task(digits):
     steps = RECIPE.epochs * -(-SPLITS["train"] // RECIPE.batch_size)
     spec, found = digits
     assert found.stages["train"].steps == steps * len(spec.seeds)
-
-
-def test_trainings_happen_again_after_an_estimate():
-    assert INSTEAD.get() is None
-    with pricing.instead():
-        assert INSTEAD.get() is not None
-    assert INSTEAD.get() is None
 
 
 def test_few_probes_are_multiplied():

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 from pictures import CLASSES, folder
+from small import small
 from test_rehearsal import ROOT
-from test_training import small
 from torch import nn
 
 from hap import HapError

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hap.harness.cli.rehearsal import rehearsal
+from hap.harness.make import Job, ensure
 from hap.harness.records import store
-from hap.harness.records.store import ensure
 from hap.harness.spec.cases import smoke
 from hap.harness.spec.spec import find_specs, load_spec
 from hap.harness.tasks import encoder
@@ -51,7 +51,7 @@ def test_a_spec_goes_through_every_stage(path, tmp_path, monkeypatch):
         ]
         assert chosen
         for case in chosen:
-            made = ensure(case, spec.seeds[0], folder)
+            made = ensure(Job(case, spec.seeds[0], folder))
             assert made.plan["removed"][case.budget.unit] >= case.budget.target - 1e-12
             assert len(made.epochs) == (0 if case.finetune is None else 1 + case.finetune.stabilise)
             assert made.key == case.key

@@ -19,6 +19,8 @@ from hap import HapError
 from hap.harness.cli import app as cli
 from hap.harness.nightly import history, speed
 from hap.harness.nightly import measure as nightly
+from hap.harness.processes import provenance
+from hap.harness.processes.workers import InProcess
 from hap.harness.spec.spec import load_spec
 from hap.harness.task import Data, MissingData
 
@@ -40,7 +42,11 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def made_up(folder, monkeypatch):
     """Runs that are numbers, and take no time."""
-    monkeypatch.setattr("hap.harness.run.run", lambda case, seed, *, say, keep: fake_run(case, seed % 7))
+
+    def run(case, seed, *, known, say, keep):
+        return replace(fake_run(case, seed % 7), seed=seed)
+
+    monkeypatch.setattr("hap.harness.run.run", run)
     monkeypatch.setattr("hap.harness.records.store._belongs", lambda run, file: None)
     monkeypatch.setattr("hap.harness.records.store.save", saved)
     return folder
@@ -56,7 +62,8 @@ def saved(run, results):
 
 
 def hap(*args):
-    return CliRunner().invoke(cli.app, args)
+    """The command, with records made in this process, where a test has put something in the place of a run."""
+    return CliRunner().invoke(cli.app, args, obj=InProcess())
 
 
 def test_a_scorer_with_a_sign_error_is_found_by_the_real_command(folder, monkeypatch):
@@ -151,7 +158,7 @@ def test_a_damaged_history_is_one_line_before_anything_runs(made_up, monkeypatch
 
 
 def test_what_breaks_does_not_stop_the_night(made_up, monkeypatch):
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         if case.name == "hap@70":
             raise ZeroDivisionError("a bug")
         return fake_run(case, seed)
@@ -167,11 +174,27 @@ def test_what_breaks_does_not_stop_the_night(made_up, monkeypatch):
     assert "BROKE: ZeroDivisionError" in (made_up / "s.md").read_text()
 
 
+def test_a_record_that_ends_its_process_does_not_end_the_night(folder):
+    """The real command, its records in a process of their own, which dies with some."""
+    case = '[cases.aborts]\nlike = "hap"\nscore = "strangers:aborts"\n\n[[claims]]'
+    write_spec(folder, tiny.SPEC.replace("[0.5, 0.7]", "[0.5]").replace("[[claims]]", case), "tiny")
+    arguments = ["nightly", "tiny", "--night", "n1", "--no-speed", "--junit", "j.xml", "--summary", "s.md"]
+    told = CliRunner().invoke(cli.app, arguments)
+    assert told.exit_code == 1, told.output
+    lines = [line for line in told.stdout.splitlines() if " BROKE: its process was ended by SIGABRT; to repeat" in line]
+    assert len(lines) == 3
+    assert re.search(r"^tiny aborts@50 seed \d+ BROKE: .*: hap record reproductions/tiny.toml aborts@50 \d+ ", lines[0])
+    assert {row.case for row in history.load(Path(".hap/history.jsonl"))} == {"hap@50"}
+    errors = ElementTree.parse("j.xml").getroot().findall("testcase/error")
+    assert ["SIGABRT" in error.get("message") for error in errors] == [True] * 3
+    assert Path("s.md").read_text().count("SIGABRT") == 3
+
+
 def interrupted(monkeypatch, *arguments):
     """A night that ends after three runs."""
     made = []
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append(seed)
@@ -181,7 +204,7 @@ def interrupted(monkeypatch, *arguments):
     assert hap("nightly", "--no-speed", *arguments).exit_code == 130
     more = []
     monkeypatch.setattr(
-        "hap.harness.run.run", lambda case, seed, *, say, keep: more.append(seed) or fake_run(case, seed)
+        "hap.harness.run.run", lambda case, seed, *, known, say, keep: more.append(seed) or fake_run(case, seed)
     )
     return more
 
@@ -331,7 +354,7 @@ def test_a_pause_in_one_round_does_not_move_a_ratio():
 
 def test_the_reference_takes_time_and_the_processor_has_a_name():
     assert speed.product()() > 0
-    assert speed.cpu()
+    assert provenance.processor()
 
 
 def test_a_folder_without_benchmarks_says_so(tmp_path):

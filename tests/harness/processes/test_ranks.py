@@ -12,9 +12,8 @@ import torch
 
 from hap import HapError
 from hap.harness.processes import ranks
-from hap.harness.records import store
-from hap.harness.scoring import Share
 from hap.harness.spec.spec import load_spec
+from hap.harness.supplied import Share
 from hap.harness.train.loop import generator
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -44,6 +43,8 @@ case = "hap"
 metric = "params_pruned"
 op = ">="
 value = 60
+over = "seeds"
+family = "sizes"
 """
 
 
@@ -207,7 +208,7 @@ def test_it_is_the_run_of_one_rank_but_for_rounding(project, tmp_path, monkeypat
     root, _ = project
     monkeypatch.setenv("HAP_CACHE", str(tmp_path))
     (case,) = load_spec(root / "reproductions" / "small.toml").cases.values()
-    one, two = store.ensure(case, 0, tmp_path / "one"), record(root, "whole")
+    one, two = ensure(Job(case, 0, tmp_path / "one")), record(root, "whole")
     assert two["key"] == one.key
     assert "ranks" not in one.environment
     assert two["cost"]["dense"]["params"] == one.cost["dense"]["params"]

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hap.harness.records import freshness, provenance
+from hap.harness.processes import provenance
+from hap.harness.records import freshness
 from hap.harness.records.freshness import FRESH, age, at_commit, deciding, differing, newest, on_disk, parsed
 from hap.harness.records.store import load
 
@@ -69,8 +70,8 @@ def changes(package, roots=ALL):
 def test_what_decides_is_what_is_reached_by_name():
     """Through an alias, an attribute of a module, a lazy name of the package, a constant; not what is only kept."""
     assert sorted(deciding(sources(), ALL)) == [
-        *("cost._walk", "cost.macs", "groups.couple", "methods.taylor"),
-        *("run.run", "tools.Big", "tools.LIMIT", "tools.half"),
+        *("cost._walk", "cost.macs", "methods.taylor", "run.run", "structure.groups.couple"),
+        *("tools.Big", "tools.LIMIT", "tools.half"),
     ]
     assert "methods.random" in deciding(sources(), [*ALL, "hap.methods:random", "a.stranger:score"])
 
@@ -86,7 +87,7 @@ def test_what_decides_is_what_is_reached_by_name():
         ("tools", "  # a constant", ""),
         ("tools", '"""Too big."""', '"""Much too big."""'),
         ("tools", "def other():\n    pass", ""),
-        ("files", "write = 1", "write = 2"),
+        ("processes.files", "write = 1", "write = 2"),
     ],
 )
 def test_what_decides_nothing_is_no_change(module, old, new):
@@ -217,12 +218,12 @@ def test_the_package_on_disk_reads_and_a_run_reaches_the_method():
     reached = deciding(on_disk(), ["hap.harness.run:run", "hap.methods:hessian_trace"])
     assert {
         "methods.hessian_trace",
-        "curvature.exact",
-        "tracing.trace",
-        "surgery.apply",
-        "training.fit",
+        "hessian.exact.exact",
+        "structure.tracing.trace",
+        "surgery.apply.apply",
+        "train.loop.fit",
     } <= reached.keys()
-    assert not [name for name in reached if name.partition(".")[0] in ("judge", "report", "store", "cli", "plugin")]
+    assert not [name for name in reached if name.partition(".")[0] in ("verdicts", "report", "make", "cli", "plugin")]
 
 
 def test_the_age_of_the_committed_evidence_is_told():

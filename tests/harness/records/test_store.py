@@ -1,29 +1,16 @@
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from hashlib import sha256
-from pathlib import Path
 
 import pytest
-import torch
-from cases import SMALL, build
-from fakes import edited, fake_run, write_spec
-from safetensors.torch import save as pack
+from fakes import edited, fake_run, without, write_spec
 
-from hap import HapError, apply, couple, trace
+from hap import HapError
+from hap.harness.make import Job, ensure
 from hap.harness.processes.files import atomic_write
 from hap.harness.records import store
 from hap.harness.spec.spec import load_spec
-from hap.harness.train.loop import Event
-from hap.implants import zero
-from hap.testing import random_plan
 
 
 @pytest.fixture
@@ -36,9 +23,8 @@ def runs(monkeypatch):
     """Counts the runs that a fake procedure makes."""
     made = []
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         made.append((case.name, seed))
-        say(Event("running"))
         return fake_run(case, seed, created=f"made {len(made)}")
 
     monkeypatch.setattr("hap.harness.run.run", run)
@@ -61,20 +47,6 @@ def test_a_record_comes_back_as_it_was_saved(case, tmp_path):
     assert left_in(tmp_path / "results") == ["seed1.json"]
 
 
-def test_ensure_makes_a_record_once(case, tmp_path, runs):
-    said = []
-    first = store.ensure(case, 0, tmp_path, say=said.append)
-    assert store.ensure(case, 0, tmp_path, say=said.append) == first
-    assert (runs, said) == ([("hap", 0)], ["running"])
-    assert left_in(tmp_path / "table") == ["seed0.json"]
-
-
-def test_again_repeats(case, tmp_path, runs):
-    assert store.ensure(case, 0, tmp_path).created == "made 1"
-    assert store.ensure(case, 0, tmp_path, again=True).created == "made 2"
-    assert store.ensure(case, 0, tmp_path).created == "made 2"
-
-
 def test_evidence_is_what_is_there_in_the_order_of_the_seeds(tmp_path):
     spec = load_spec(write_spec(tmp_path))
     for seed in (2, 0):
@@ -82,15 +54,6 @@ def test_evidence_is_what_is_there_in_the_order_of_the_seeds(tmp_path):
     found = store.evidence(spec, tmp_path)
     assert {name: [run.seed for run in runs] for name, runs in found.items()} == {"hap": [0, 2], "random": []}
     assert list(store.evidence(spec, tmp_path, ("random", None))) == ["random"]
-
-
-def without(table, *steps):
-    copy = json.loads(json.dumps(table))
-    part = copy
-    for step in steps[:-1]:
-        part = part[step]
-    del part[steps[-1]]
-    return copy
 
 
 DAMAGE = {
@@ -142,13 +105,13 @@ def test_a_damaged_or_foreign_record_is_refused_in_one_line(case, tmp_path, runs
     damaged = damage(json.loads(file.read_text()))
     file.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
     with pytest.raises(HapError) as caught:
-        store.ensure(case, 0, tmp_path)
+        ensure(Job(case, 0, tmp_path))
     text = str(caught.value)
     assert text.startswith(f"{file}: damaged record: ")
     assert rule in text
     assert "\n" not in text
     assert runs == []
-    assert store.ensure(case, 0, tmp_path, again=True).created == "made 1"
+    assert ensure(Job(case, 0, tmp_path, again=True)).created == "made 1"
 
 
 def test_a_record_that_cannot_be_read_is_named(tmp_path):
@@ -162,10 +125,10 @@ def no_space(*args, **kwargs):
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_full_disk_loses_nothing(case, tmp_path, runs, monkeypatch, broken):
-    before = store.ensure(case, 0, tmp_path)
+    before = ensure(Job(case, 0, tmp_path))
     monkeypatch.setattr(os, broken, no_space)
     with pytest.raises(HapError) as caught:
-        store.ensure(case, 0, tmp_path, again=True)
+        ensure(Job(case, 0, tmp_path, again=True))
     file = store.path(tmp_path, case, 0)
     assert str(caught.value) == (
         f"{file}: cannot be written (No space left on device); what was there before is untouched"
@@ -190,7 +153,7 @@ def test_a_disk_that_fills_while_the_bytes_are_written_loses_nothing(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_line(case, tmp_path, runs):
     (tmp_path / "table").write_text("a file where a folder should be")
     with pytest.raises(HapError, match=r"cannot be written \("):
-        store.ensure(case, 0, tmp_path)
+        ensure(Job(case, 0, tmp_path))
     assert runs == []
 
 
@@ -204,62 +167,6 @@ def test_an_interrupted_write_leaves_no_temporary_file(tmp_path, monkeypatch):
     assert left_in(tmp_path) == []
 
 
-CHILD = """
-import sys, time, os
-from pathlib import Path
-import hap.harness.run as procedure
-from hap.harness.records import store
-from hap.harness.processes.files import atomic_write
-from hap.harness.spec.spec import load_spec
-from fakes import fake_run
-
-def run(case, seed, *, say, keep):
-    with open("log", "a") as log:
-        log.write(f"{os.getpid()}\\n")
-    time.sleep(1.0)
-    return fake_run(case, seed, created=str(os.getpid()))
-
-procedure.run = run
-if sys.argv[1] == "hang":
-    def hang(descriptor):
-        Path("hanging").touch()
-        time.sleep(60)
-    os.fsync = hang
-print(store.ensure(load_spec(Path("reproductions/table.toml")).cases["hap"], 0, Path("results")).created)
-"""
-
-
-def start(folder, how="normal"):
-    places = [str(Path(__file__).parents[1]), str(Path(__file__).parents[3])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen([sys.executable, "-c", CHILD, how], cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
-
-
-def test_two_processes_make_one_record(case, tmp_path):
-    both = [start(tmp_path), start(tmp_path)]
-    told = [process.communicate(timeout=60)[0].strip() for process in both]
-    ran = (tmp_path / "log").read_text().split()
-    assert [process.returncode for process in both] == [0, 0]
-    assert len(ran) == 1
-    assert told == ran * 2
-    assert left_in(tmp_path / "results") == ["seed0.json"]
-
-
-def test_a_process_killed_while_it_writes_harms_nothing(case, tmp_path, runs):
-    process = start(tmp_path, "hang")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "hanging").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    file = store.path(tmp_path / "results", case, 0)
-    assert len(left_in(file.parent)) == 2  # a lock that nobody holds and a part of a record
-    assert not file.exists()
-    assert store.ensure(case, 0, tmp_path / "results").created == "made 1"
-    assert left_in(file.parent) == ["seed0.json"]
-
-
 def test_a_saved_record_is_json_a_person_can_read(case, tmp_path):
     text = store.save(fake_run(case, 0), tmp_path).read_text()
     assert text.endswith("}\n")
@@ -271,179 +178,3 @@ def umask():
     value = os.umask(0)
     os.umask(value)
     return value
-
-
-def test_whoever_waits_finds_what_the_other_made(case, tmp_path, monkeypatch):
-    """Two threads: their locks are as far apart as those of two processes."""
-    made, started, go_on = [], threading.Event(), threading.Event()
-
-    def run(case, seed, *, say, keep):
-        made.append(seed)
-        started.set()
-        assert go_on.wait(30)
-        return fake_run(case, seed)
-
-    monkeypatch.setattr("hap.harness.run.run", run)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(store.ensure, case, 0, tmp_path)
-        assert started.wait(30)
-        second = pool.submit(store.ensure, case, 0, tmp_path)
-        time.sleep(0.1)  # for the second to reach the lock; if it does not, the test passes for less
-        go_on.set()
-        assert first.result() == second.result() == fake_run(case, 0)
-    assert made == [0]
-    assert left_in(tmp_path / "table") == ["seed0.json"]
-
-
-def fresh():
-    return SMALL["option-b"][0]()
-
-
-@pytest.fixture
-def small(tmp_path):
-    """A pruned model, saved in the folder."""
-    model, example = build(SMALL, "option-b")
-    groups = couple(model, trace(model, example), "union")
-    made = apply(model, groups, random_plan(groups, torch.Generator().manual_seed(0)), zero)
-    assert store.save_model(made, fresh(), tmp_path) == tmp_path
-    return made
-
-
-def refused(folder, file, says, make=fresh):
-    with pytest.raises(HapError) as caught:
-        store.load_model(folder, make)
-    text = str(caught.value)
-    assert text.startswith(f"{folder / file}: ")
-    assert says in text
-    assert "\n" not in text
-
-
-@pytest.mark.parametrize("file", ["model.json", "model.safetensors"])
-def test_a_file_of_a_model_that_is_missing_is_named(small, tmp_path, file):
-    (tmp_path / file).unlink()
-    refused(tmp_path, file, "a saved model must be readable (found No such file or directory)")
-
-
-def test_weights_that_are_cut_short_are_refused(small, tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    refused(tmp_path, file.name, "damaged, or of another model: sha256: must be that in model.json")
-
-
-@pytest.mark.parametrize("place", [0, 100, -1])
-def test_a_single_wrong_bit_is_refused(small, tmp_path, place):
-    file = tmp_path / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[place] ^= 1
-    file.write_bytes(content)
-    refused(tmp_path, file.name, "sha256: must be that in model.json")
-
-
-def test_weights_that_are_no_safetensors_are_refused_though_their_hash_is_right(small, tmp_path):
-    content = b"cos\nsystem\n(S'true'\ntR."  # a pickle
-    (tmp_path / "model.safetensors").write_bytes(content)
-    record = json.loads((tmp_path / "model.json").read_text())
-    (tmp_path / "model.json").write_text(json.dumps(record | {"sha256": sha256(content).hexdigest()}))
-    refused(tmp_path, "model.safetensors", "file: must be safetensors")
-
-
-def test_weights_of_another_model_are_refused_though_their_hash_is_right(small, tmp_path):
-    content = pack({"linear.bias": torch.zeros(10)})
-    (tmp_path / "model.safetensors").write_bytes(content)
-    record = json.loads((tmp_path / "model.json").read_text())
-    (tmp_path / "model.json").write_text(json.dumps(record | {"sha256": sha256(content).hexdigest()}))
-    refused(tmp_path, "model.safetensors", "bn1.parts.0.bias: must be there")
-
-
-RECORDS = {
-    "empty": (lambda table: "", "file: must be JSON"),
-    "cut short": (lambda table: json.dumps(table)[:-40], "file: must be JSON"),
-    "no text": (lambda table: b"\xff\xfe\x00", "file: must be JSON"),
-    "too deep": (lambda table: "[" * 100_000, "file: must be JSON"),
-    "a list": (lambda table: "[]", "schema: must be 1 (found [])"),
-    "another schema": (lambda table: table | {"schema": 2}, "schema: must be 1 (found 2)"),
-    "a field less": (lambda table: without(table, "sha256"), "fields: must be architecture, class, schema, sha256"),
-    "a field more": (lambda table: table | {"colour": 1}, "fields: must be architecture, class, schema, sha256"),
-    "an architecture that is none": (
-        lambda table: table | {"architecture": 3},
-        "architecture: must be a table (found 3)",
-    ),
-    "a part of it less": (lambda table: without(table, "architecture", "types"), "types: is required"),
-    "a module less": (
-        lambda table: without(table, "architecture", "modules", "linear"),
-        "linear.weight: must be of shape",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", RECORDS)
-def test_a_damaged_record_of_a_model_is_refused_in_one_line(small, tmp_path, name):
-    damage, says = RECORDS[name]
-    file = tmp_path / "model.json"
-    damaged = damage(json.loads(file.read_text()))
-    if isinstance(damaged, bytes):
-        file.write_bytes(damaged)
-    else:
-        file.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
-    refused(tmp_path, "model.safetensors" if "shape" in says else "model.json", says)
-
-
-def test_a_hash_that_is_no_text_is_refused(small, tmp_path):
-    record = json.loads((tmp_path / "model.json").read_text())
-    (tmp_path / "model.json").write_text(json.dumps(record | {"sha256": None}))
-    refused(tmp_path, "model.safetensors", "sha256: must be that in model.json")
-
-
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (SMALL["plain"][0], "the model: must be ResNet, as when it was saved (found 'Sequential')"),
-        (lambda: SMALL["option-a"][0](), "layer2.0.shortcut: must be Sequential, as when it was saved (found 'Pad')"),
-    ],
-)
-def test_a_function_that_builds_another_class_is_refused(small, tmp_path, make, says):
-    refused(tmp_path, "model.json", says, make)
-
-
-def test_a_function_that_builds_another_width_is_refused(small, tmp_path):
-    from hap.harness.tasks import nets
-
-    refused(tmp_path, "model.json", "must", lambda: nets.resnet(8, (2, 4, 8), "B"))
-
-
-def test_a_function_that_builds_no_module_is_refused(small, tmp_path):
-    with pytest.raises(HapError, match=r": build must return a module \(found dict\)"):
-        store.load_model(tmp_path, dict)
-
-
-def test_a_full_disk_leaves_the_saved_model_as_it_was(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(HapError, match=r"model\.safetensors: cannot be written \(No space left on device\)"):
-        store.save_model(small, fresh(), tmp_path)
-    monkeypatch.undo()
-    assert torch.equal(store.load_model(tmp_path, fresh).linear.weight, small.linear.weight)
-    assert left_in(tmp_path) == ["model.json", "model.safetensors"]
-
-
-def test_a_process_that_dies_between_the_two_files_is_seen_when_they_are_read(small, tmp_path, monkeypatch):
-    """The weights are the new ones, the record is the old one: it must not pass for either."""
-    real = os.replace
-
-    def dies(source, target):
-        if Path(target).name == "model.json":
-            raise KeyboardInterrupt
-        real(source, target)
-
-    with torch.no_grad():
-        small.linear.bias += 1
-    monkeypatch.setattr(os, "replace", dies)
-    with pytest.raises(KeyboardInterrupt):
-        store.save_model(small, fresh(), tmp_path)
-    monkeypatch.undo()
-    refused(tmp_path, "model.safetensors", "sha256: must be that in model.json")
-
-
-def test_saving_again_replaces_and_writes_the_same_bytes(small, tmp_path):
-    before = [(tmp_path / name).read_bytes() for name in ("model.json", "model.safetensors")]
-    store.save_model(small, fresh(), tmp_path)
-    assert [(tmp_path / name).read_bytes() for name in ("model.json", "model.safetensors")] == before

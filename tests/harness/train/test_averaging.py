@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import SPEC, write_spec
+from small import INPUTS, RECIPE, TARGETS, epoch, net, small
 from test_checkpoints import LONG, Killed, equal, go, killed_in
 from test_stepping import gradients, plain, starved
-from test_training import INPUTS, RECIPE, TARGETS, epoch, net, small
 from torch import nn
 from torch.nn import functional as F
 

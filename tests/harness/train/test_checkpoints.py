@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import fake_run, write_spec
+from small import RECIPE, epoch, net, small
 from test_stepping import starved
-from test_training import RECIPE, epoch, net, small
 
 from hap import HapError
+from hap.harness.make import Job, ensure
 from hap.harness.processes import files
-from hap.harness.records import store
 from hap.harness.spec.spec import load_spec
 from hap.harness.train import checkpoints
 from hap.harness.train.loop import fit, generator
@@ -264,7 +264,7 @@ def test_what_a_fine_tuning_keeps_goes_when_its_record_is_there_and_not_before(t
     monkeypatch.setenv("HAP_CACHE", str(tmp_path / "cache"))
     case, seen = load_spec(write_spec(tmp_path)).cases["hap"], []
 
-    def run(case, seed, *, say, keep):
+    def run(case, seed, *, known, say, keep):
         seen.append((keep, keep.exists()))
         keep.mkdir(parents=True, exist_ok=True)
         if len(seen) == 1:
@@ -273,9 +273,9 @@ def test_what_a_fine_tuning_keeps_goes_when_its_record_is_there_and_not_before(t
 
     monkeypatch.setattr("hap.harness.run.run", run)
     with pytest.raises(Killed):
-        store.ensure(case, 0, tmp_path)
-    store.ensure(case, 0, tmp_path)
-    store.ensure(case, 1, tmp_path)
+        ensure(Job(case, 0, tmp_path))
+    ensure(Job(case, 0, tmp_path))
+    ensure(Job(case, 1, tmp_path))
     assert [there for _, there in seen] == [False, True, False]
     assert seen[0] == (seen[1][0], False)
     assert seen[2][0] != seen[0][0]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import INPUTS, RECIPE, TARGETS, net, small
+from small import INPUTS, RECIPE, TARGETS, net, small
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,6 +41,13 @@ def close(one, other, rtol=1e-5):
 def test_micro_batches_add_up_to_the_batch(micro, loss):
     """Also where samples have weights, by which parts of equal size differ."""
     close(gradients(plain(), micro_batch=micro, loss=loss), gradients(plain(), loss=loss), 1e-4)
+
+
+def test_a_batch_of_ignored_targets_leaves_the_weights_alone():
+    model = plain()
+    loss = Stepper(model, small(model=model), RECIPE, 64)(INPUTS, torch.full_like(TARGETS, -100))
+    assert loss == 0
+    assert all(not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_distillation_is_that_of_its_source():

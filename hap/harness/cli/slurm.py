@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hap import HapError
+from hap.harness import make
 from hap.harness.processes.files import cache
+from hap.harness.processes.workers import ended
 from hap.harness.spec.spec import Case
 
 KEYS: Mapping[str, tuple[type, str | None]] = {  # what --slurm takes, as what, and submitit's name for it
@@ -43,17 +45,21 @@ EVERY = 0.5  # seconds between two looks at the jobs
 
 
 class Record(NamedTuple):
-    """One record to make."""
+    """One record to make, and the file of its spec."""
 
     spec: Path
-    case: Case
-    seed: int
-    results: Path
+    job: make.Job
 
     @property
     def name(self) -> str:
-        """How it is told of."""
-        return f"{self.spec.stem}: {self.case.name} seed {self.seed}"
+        """What the lines of the command call it."""
+        return f"{self.spec.stem}: {self.job.name}"
+
+    def broken(self, why: str) -> str:
+        """The line of one that could not be made; why, and the command that makes it here."""
+        again = f"; to repeat it: {self.job.alone}"
+        why = why.removeprefix(f"{self.name} is BROKEN: ").replace(again, "")  # its own command says it too
+        return f"{self.name} is BROKEN: {why}{again}"
 
 
 @dataclass(frozen=True)
@@ -106,17 +112,15 @@ def options(given: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def fan_out(records: Sequence[Record], given: Mapping[str, Any], again: bool, say: Callable[[str], None]) -> None:
-    """Makes the records by jobs and waits for them; HapError names those that failed, after all have ended.
+def fan_out(records: Sequence[Record], given: Mapping[str, Any], say: Callable[[str], None]) -> list[str]:
+    """Makes the records by jobs and waits for them; returns a line for each one that is BROKEN, after all have ended.
 
     Jobs of a cluster go on where this process is interrupted; the same command then finds what they made.
     """
     if not records:
-        return
+        return []
     executor, slots = _executor(given), _slots(given, len(records))
-    failed = _run(executor, _chains(records), slots, lambda record, slot: _job(record, given, again, slot), say)
-    if failed:
-        raise HapError(f"{len(failed)} of {len(records)} records were not made: {'; '.join(failed)}")
+    return _run(executor, _chains(records), slots, lambda record, slot: _job(record, given, slot), say)
 
 
 def _executor(given: Mapping[str, Any]) -> Any:
@@ -154,22 +158,22 @@ def _chains(records: Sequence[Record]) -> list[list[Record]]:
     """The records that need one trained model, the shortest first, after which the others may go; else each alone."""
     chains: dict[Any, list[Record]] = {}
     for number, record in enumerate(records):
-        task = record.case.task
-        trains = "say" in inspect.signature(task.load()).parameters  # as `run` tells a task that trains its model
-        chains.setdefault((str(task.model_dump()), record.seed) if trains else number, []).append(record)
-    return [sorted(chain, key=lambda record: _epochs(record.case)) for chain in chains.values()]
+        task = record.job.case.task
+        trains = "fit" in inspect.signature(task.load()).parameters  # as `run` gives it to a task that trains its model
+        chains.setdefault((str(task.model_dump()), record.job.seed) if trains else number, []).append(record)
+    return [sorted(chain, key=lambda record: _epochs(record.job.case)) for chain in chains.values()]
 
 
 def _epochs(case: Case) -> int:
     return case.finetune.epochs if case.finetune is not None else 0
 
 
-def _job(record: Record, given: Mapping[str, Any], again: bool, devices: str | None) -> Job:
+def _job(record: Record, given: Mapping[str, Any], devices: str | None) -> Job:
     ranks = given.get("ranks", 1)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
-    what = ("-m", "hap", "record", str(record.spec.absolute()), record.case.name, str(record.seed))
-    where = ("--results", str(record.results.absolute()))
-    more = ("--again",) if again else ()
+    what = ("-m", "hap", "record", str(record.spec.absolute()), record.job.case.name, str(record.job.seed))
+    where = ("--results", str(record.job.results.absolute()))
+    more = ("--again",) if record.job.again else ()
     return Job((sys.executable, *launch, *what, *where, *more), str(Path.cwd()), devices)
 
 
@@ -191,7 +195,7 @@ def _run(
                 say(f"{record.name}: job {running[-1][2].job_id}")
             except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # slurm refuses it
                 slots.append(slot)
-                failed.append(f"{record.name} ({' '.join(str(error).split()):.200})")
+                failed.append(record.broken(f"{' '.join(str(error).split()):.200}"))
                 waiting.extend(behind.pop(id(record), []))
         time.sleep(EVERY)
         for each in [each for each in running if each[2].done()]:
@@ -199,7 +203,7 @@ def _run(
             record, slot, ended = each
             wrong = _wrong(ended)
             say(f"{record.name}: {wrong or 'there'}")
-            failed += [f"{record.name} ({wrong})"] if wrong else []
+            failed += [record.broken(wrong)] if wrong else []
             slots.append(slot)
             waiting.extend(behind.pop(id(record), []))
     return failed
@@ -208,10 +212,12 @@ def _run(
 def _wrong(job: Any) -> str | None:
     """Why a job that ended made nothing: the last line it said, and where the rest is."""
     try:
-        if job.result() == 0:
+        code = job.result()
+        if code == 0:
             return None
     except Exception as error:  # whatever submitit makes of a job that was killed, or lost its result
         found = next(iter(str(error).splitlines()), type(error).__name__)
         return f"{found}; log {job.paths.stderr}"
     lines = [line for line in (job.stderr() or "").splitlines() if line.startswith("hap: ")]
-    return f"{lines[-1] if lines else 'it ended without a word'}; log {job.paths.stderr}"
+    why = lines[-1].removeprefix("hap: ") if lines else f"its process {ended(code)}"
+    return f"{why}; log {job.paths.stderr}"

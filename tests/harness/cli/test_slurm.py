@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -7,7 +8,8 @@ import pytest
 from fakes import write_spec
 
 from hap import HapError
-from hap.harness.processes import fanout
+from hap.harness.cli import slurm
+from hap.harness.make import Job
 from hap.harness.spec.spec import load_spec
 from hap.harness.train.recipe import Recipe
 
@@ -18,7 +20,7 @@ submitit = pytest.importorskip("submitit", reason="submitit is not installed: no
 def cluster(tmp_path, monkeypatch):
     """The local executor, its files in a folder of the test."""
     monkeypatch.setenv("HAP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fanout, "EVERY", 0.05)
+    monkeypatch.setattr(slurm, "EVERY", 0.05)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -26,12 +28,16 @@ def cluster(tmp_path, monkeypatch):
 def records(folder, cases=("hap",)):
     file = write_spec(folder)
     spec = load_spec(file)
-    return [fanout.Record(file, spec.cases[case], seed, folder / "results") for case in cases for seed in spec.seeds]
+    return [
+        slurm.Record(file, Job(spec.cases[case], seed, folder / "results", alone=f"hap record x {case} {seed}"))
+        for case in cases
+        for seed in spec.seeds
+    ]
 
 
 def shell(text):
     """A job that runs a line of shell in place of hap."""
-    return lambda record, *rest: fanout.Job(("sh", "-c", text.format(seed=record.seed)), str(Path.cwd()), rest[-1])
+    return lambda record, *rest: slurm.Job(("sh", "-c", text.format(seed=record.job.seed)), str(Path.cwd()), rest[-1])
 
 
 @pytest.mark.parametrize(
@@ -42,7 +48,7 @@ def shell(text):
     ],
 )
 def test_options_are_read(given, table):
-    assert fanout.options(given) == table
+    assert slurm.options(given) == table
 
 
 @pytest.mark.parametrize(
@@ -58,49 +64,50 @@ def test_options_are_read(given, table):
 )
 def test_options_that_are_wrong_are_one_line(given, message):
     with pytest.raises(HapError, match=message):
-        fanout.options([given])
+        slurm.options([given])
 
 
 def test_a_machine_without_slurm_says_so(cluster):
     if os.path.exists("/usr/bin/sbatch"):
         pytest.skip("this machine has slurm")
     with pytest.raises(HapError, match=r"--slurm: .*(sbatch|slurm|Slurm)"):
-        fanout.fan_out(records(cluster), fanout.options(["partition=gpu"]), False, print)
+        slurm.fan_out(records(cluster), slurm.options(["partition=gpu"]), print)
 
 
 def test_the_command_of_a_job_is_that_of_one_record(cluster):
     (record, *_) = records(cluster)
-    command = fanout._job(record, {}, True, None).command
+    command = slurm._job(record._replace(job=record.job._replace(again=True)), {}, None).command
     assert command[1:] == (
-        *("-m", "hap", "record", str(record.spec), "hap", "0", "--results", str(record.results), "--again"),
+        *("-m", "hap", "record", str(record.spec), "hap", "0", "--results", str(record.job.results), "--again"),
     )
-    several = fanout._job(record, {"ranks": 8}, False, None).command
+    several = slurm._job(record, {"ranks": 8}, None).command
     assert several[1:6] == ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8")
     assert several[6:9] == ("-m", "hap", "record")
 
 
 def test_of_records_that_need_one_trained_model_one_comes_first_and_the_shortest(cluster, monkeypatch):
-    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, say=None: None)  # as a task that trains is told of it
-    chains = fanout._chains(records(cluster, ("hap", "random")))
-    assert [[(r.case.name, r.seed) for r in chain] for chain in chains] == [
+    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, fit=None: None)  # as a task that trains its model
+    chains = slurm._chains(records(cluster, ("hap", "random")))
+    assert [[(r.job.case.name, r.job.seed) for r in chain] for chain in chains] == [
         [("hap", 0), ("random", 0)],
         [("hap", 1), ("random", 1)],
         [("hap", 2), ("random", 2)],
     ]
     long, short = records(cluster, ("hap", "random"))[::3]
-    long = long._replace(case=long.case.model_copy(update={"finetune": Recipe(epochs=90, lr=0.1)}))
-    assert [record.case.name for record in fanout._chains([long, short])[0]] == ["random", "hap"]
+    slow = long.job.case.model_copy(update={"finetune": Recipe(epochs=90, lr=0.1)})
+    long = long._replace(job=long.job._replace(case=slow))
+    assert [record.job.case.name for record in slurm._chains([long, short])[0]] == ["random", "hap"]
 
 
 def test_a_model_that_is_not_trained_keeps_no_record_waiting(cluster):
-    assert [len(chain) for chain in fanout._chains(records(cluster, ("hap", "random")))] == [1] * 6
+    assert [len(chain) for chain in slurm._chains(records(cluster, ("hap", "random")))] == [1] * 6
 
 
 def test_the_others_go_when_their_first_has_ended(cluster, monkeypatch):
-    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, say=None: None)
+    monkeypatch.setattr("fakes.task", lambda seed, *, width=4, fit=None: None)
     line = "test -e made{seed} && touch after{seed}; touch made{seed}"
-    monkeypatch.setattr(fanout, "_job", shell(line))
-    fanout.fan_out(records(cluster, ("hap", "random")), fanout.options(["cluster=local,jobs=6"]), False, print)
+    monkeypatch.setattr(slurm, "_job", shell(line))
+    slurm.fan_out(records(cluster, ("hap", "random")), slurm.options(["cluster=local,jobs=6"]), print)
     assert len(list(cluster.glob("after*"))) == 3
 
 
@@ -108,22 +115,22 @@ def test_on_one_machine_each_job_has_gpus_of_its_own(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert fanout._slots({"cluster": "local", "jobs": 3}, 9) == ["0", "1", "2"]
-    assert fanout._slots({"cluster": "local", "jobs": 2, "ranks": 2}, 9) == ["0,1", "2,3"]
+    assert slurm._slots({"cluster": "local", "jobs": 3}, 9) == ["0", "1", "2"]
+    assert slurm._slots({"cluster": "local", "jobs": 2, "ranks": 2}, 9) == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert fanout._slots({"cluster": "local", "jobs": 2, "gpus": 1}, 9) == ["5", "7"]
+    assert slurm._slots({"cluster": "local", "jobs": 2, "gpus": 1}, 9) == ["5", "7"]
     with pytest.raises(HapError, match="3 jobs of 1 GPUs expected to fit, found 2 GPUs here"):
-        fanout._slots({"cluster": "local", "jobs": 3}, 9)
-    assert fanout._slots({"cluster": "slurm"}, 3) == [None] * 3
+        slurm._slots({"cluster": "local", "jobs": 3}, 9)
+    assert slurm._slots({"cluster": "slurm"}, 3) == [None] * 3
 
 
 def test_the_devices_of_a_job_are_what_its_command_sees(cluster):
-    job = fanout.Job(("sh", "-c", 'test "$CUDA_VISIBLE_DEVICES" = 5,7'), str(cluster), "5,7")
+    job = slurm.Job(("sh", "-c", 'test "$CUDA_VISIBLE_DEVICES" = 5,7'), str(cluster), "5,7")
     assert job() == 0
 
 
 def test_nothing_to_make_needs_no_cluster(cluster):
-    fanout.fan_out([], fanout.options(["partition=gpu"]), False, print)
+    slurm.fan_out([], slurm.options(["partition=gpu"]), print)
 
 
 def test_a_cluster_that_refuses_a_job_is_one_line_and_the_others_run(cluster, monkeypatch):
@@ -137,18 +144,18 @@ def test_a_cluster_that_refuses_a_job_is_one_line_and_the_others_run(cluster, mo
                 raise submitit.core.utils.FailedJobError("sbatch: error: invalid partition")
             return self.real.submit(job)
 
-    real = fanout._executor
-    monkeypatch.setattr(fanout, "_executor", lambda given: Executor(real(given)))
-    monkeypatch.setattr(fanout, "_job", shell("touch made{seed}"))
-    with pytest.raises(HapError, match=r"1 of 3 records were not made: table: hap seed 0 .*invalid partition"):
-        fanout.fan_out(records(cluster), fanout.options(["cluster=local,jobs=3"]), False, print)
+    real = slurm._executor
+    monkeypatch.setattr(slurm, "_executor", lambda given: Executor(real(given)))
+    monkeypatch.setattr(slurm, "_job", shell("touch made{seed}"))
+    (line,) = slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), print)
+    assert re.match(r"table: hap seed 0 is BROKEN: .*invalid partition", line)
     assert len(list(cluster.glob("made*"))) == 2
 
 
 def test_jobs_run_and_are_told_of(cluster, monkeypatch):
-    monkeypatch.setattr(fanout, "_job", shell("touch made{seed}"))
+    monkeypatch.setattr(slurm, "_job", shell("touch made{seed}"))
     told = []
-    fanout.fan_out(records(cluster), fanout.options(["cluster=local,jobs=2"]), False, told.append)
+    slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=2"]), told.append)
     assert sorted(file.name for file in cluster.glob("made*")) == ["made0", "made1", "made2"]
     assert sum(line.endswith(": there") for line in told) == 3
     assert len(told) == 6
@@ -157,36 +164,43 @@ def test_jobs_run_and_are_told_of(cluster, monkeypatch):
 def test_no_more_jobs_at_once_than_asked(cluster, monkeypatch):
     """Each job looks whether another is there while it works."""
     line = "ls running* 2>/dev/null && touch crowd{seed}; touch running{seed}; sleep 0.3; rm running{seed}"
-    monkeypatch.setattr(fanout, "_job", shell(line))
-    fanout.fan_out(records(cluster), fanout.options(["cluster=local"]), False, print)
+    monkeypatch.setattr(slurm, "_job", shell(line))
+    slurm.fan_out(records(cluster), slurm.options(["cluster=local"]), print)
     assert not list(cluster.glob("crowd*"))
 
 
 def test_a_job_that_fails_is_one_line_and_the_others_end(cluster, monkeypatch):
     monkeypatch.setattr(
-        fanout, "_job", shell("test {seed} != 1 || {{ echo 'hap: no data' >&2; exit 2; }}; touch made{seed}")
+        slurm, "_job", shell("test {seed} != 1 || {{ echo 'hap: no data' >&2; exit 2; }}; touch made{seed}")
     )
-    with pytest.raises(
-        HapError, match=r"1 of 3 records were not made: table: hap seed 1 \(hap: no data; log .*\.err\)"
-    ):
-        fanout.fan_out(records(cluster), fanout.options(["cluster=local,jobs=3"]), False, print)
+    (line,) = slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), print)
+    says = r"table: hap seed 1 is BROKEN: no data; log .*\.err; to repeat it: hap record x hap 1"
+    assert re.fullmatch(says, line)
     assert sorted(file.name for file in cluster.glob("made*")) == ["made0", "made2"]
 
 
 def test_a_job_that_dies_is_one_line(cluster, monkeypatch):
-    monkeypatch.setattr(fanout, "_job", shell("kill -9 $PPID"))  # the process that submitit started
-    with pytest.raises(HapError, match="3 of 3 records were not made"):
-        fanout.fan_out(records(cluster), fanout.options(["cluster=local,jobs=3"]), False, print)
+    monkeypatch.setattr(slurm, "_job", shell("kill -9 $PPID"))  # the process that submitit started
+    assert len(slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), print)) == 3
+
+
+def test_a_command_that_a_signal_ends_is_told_with_the_signal_and_how_to_repeat_it(cluster, monkeypatch):
+    monkeypatch.setattr(slurm, "_job", shell("kill -ABRT $$"))
+    lines = slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), print)
+    says = (
+        r"table: hap seed 0 is BROKEN: its process was ended by SIGABRT; log .*\.err; to repeat it: hap record x hap 0"
+    )
+    assert re.fullmatch(says, min(lines))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the job's process is found through /proc")
 def test_a_job_that_was_preempted_continues(cluster, monkeypatch):
     """Its first time it waits to be preempted; it is queued again, and finds what it did before."""
     line = "test -e begun && touch ended || {{ touch begun; exec sleep 60; }}"
-    monkeypatch.setattr(fanout, "_job", shell(line))
+    monkeypatch.setattr(slurm, "_job", shell(line))
     (record, *_) = records(cluster)
-    executor = fanout._executor(fanout.options(["cluster=local"]))
-    job = executor.submit(fanout._job(record, {}, False, None))
+    executor = slurm._executor(slurm.options(["cluster=local"]))
+    job = executor.submit(slurm._job(record, {}, None))
     deadline = time.monotonic() + 60
     while not (cluster / "begun").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -198,4 +212,4 @@ def test_a_job_that_was_preempted_continues(cluster, monkeypatch):
     assert (cluster / "ended").exists()
     while not job.done() and time.monotonic() < start + 55:
         time.sleep(0.05)
-    assert fanout._wrong(job) is None
+    assert slurm._wrong(job) is None
