@@ -18,6 +18,10 @@ References, cited as [key] in the docstrings:
 [Holm79]       Holm. A simple sequentially rejective multiple test procedure. Scandinavian J. Statistics 6, 1979.
 [Efron87]      Efron. Better bootstrap confidence intervals. J. Am. Stat. Assoc. 82, 1987.
 [Schuirmann87] Schuirmann. A comparison of the two one-sided tests procedure. J. Pharmacokin. Biopharm. 15, 1987.
+[Satterthwaite46] Satterthwaite. An approximate distribution of estimates of variance components. Biometrics 2, 1946.
+[Lehmann05]    Lehmann, Romano. Testing Statistical Hypotheses. Springer, 2005.
+[Searle92]     Searle, Casella, McCulloch. Variance Components. Wiley, 1992.
+[Efron93]      Efron, Tibshirani. An Introduction to the Bootstrap. Chapman & Hall, 1993.
 [Zou08]        Zou, Donner. Construction of confidence limits about effect measures. Statistics in Medicine 27, 2008.
 [Mania19]      Mania, Miller, Schmidt, Hardt, Recht. Model similarity mitigates test set overuse. NeurIPS 2019.
 

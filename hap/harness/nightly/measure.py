@@ -96,7 +96,7 @@ def _begun(file: Path) -> dict[str, Any]:
 
 def seeds(night: str, spec: Spec) -> list[int]:
     """As many seeds as the spec has, drawn from the names of the night and the spec."""
-    texts = [f"{night}/{spec.name}/{i}" for i in range(len(spec.seeds))]
+    texts = [f"{night}/{spec.name}/{i}" for i in range(len(spec.first))]
     return [int.from_bytes(sha256(text.encode()).digest()[:4], "big") for text in texts]
 
 
@@ -126,7 +126,7 @@ def runnable(specs: Mapping[Path, Spec], notes: list[str]) -> dict[Path, Spec]:
 
 def parts(specs: Iterable[Spec], timed: bool) -> int:
     """How many steps a night of these specs has."""
-    return sum(len(spec.cases) * len(spec.seeds) for spec in specs) + timed
+    return sum(len(spec.cases) * len(spec.first) for spec in specs) + timed
 
 
 def measure(

@@ -41,7 +41,7 @@ SILENT = {
     f"hap.harness.{name}"
     for name in (
         "spec.functions train.checkpoints processes.progress processes.files processes.provenance processes.workers "
-        "records.freshness tasks.cache "
+        "records.freshness records.outcomes tasks.cache "
         "binding checkpoints events files freshness provenance records.provenance"  # where they lay in older commits
     ).split()
 }

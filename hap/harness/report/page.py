@@ -83,7 +83,7 @@ def _claims(entry: Entry) -> Iterator[dict[str, Any]]:
             "number": number,
             "outcome": str(verdict.outcome),
             "surprising": verdict.surprising,
-            "text": verdict.claim.text,
+            "text": f"{'stand-in: ' if verdict.stand_in else ''}{verdict.claim.text}",
             "source": verdict.claim.source,
             "claimed": describe(verdict.claim),
             "bound": f"{verdict.claim.op} {verdict.claim.value:g}"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hap.harness.task import Data, Task
+from hap.harness.task import Data, Seen, Task
 from hap.harness.tasks import data, nets
 from hap.harness.tasks.cache import Trained, cached
 from hap.harness.tasks.data import Images, Normalise, calibration, device, digest, epoch, measure
@@ -36,8 +36,8 @@ def task(seed: int, *, images: int = 512, batch: int = 128, fit: training.Fit | 
     splits = {name: Images(*(part.to(device()) for part in images)) for name, images in splits.items()}
     train, loss = splits["train"], CrossEntropy()
 
-    def evaluate(model: nn.Module, split: str) -> dict[str, float]:
-        return measure(model, loss.call, splits[split], NORMALISE)
+    def evaluate(model: nn.Module, split: str, seen: Seen | None = None) -> dict[str, float]:
+        return measure(model, loss.call, splits[split], NORMALISE, seen=seen)
 
     made = Task(
         name="digits_preresnet",

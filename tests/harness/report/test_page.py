@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fakes import REPORTED, SPEC, fake_run, with_accuracy, write_spec
+from fakes import REPORTED, SPEC, fake_run, unpadded, with_accuracy, write_spec
 from records import headed
 
 from hap.harness.records import store
@@ -174,7 +174,7 @@ def test_a_new_outcome_and_a_spec_that_does_not_read_do_not_break_the_page(tmp_p
     text = page.write(entries, tmp_path).read_text()
     assert "<option>ODD &lt;1&gt;</option>" in text
     assert '<p class="warning">Not judged. broken.toml: &lt;title&gt;: is required</p>' in text
-    told = summary(entries, tmp_path).read_text()
+    told = unpadded(summary(entries, tmp_path).read_text())
     assert "| **ODD &lt;1>** |" in told
     assert "| spec | HOLDS | FAILS | UNDECIDED | ABSENT | STALE | ODD &lt;1> |" in told
 

@@ -347,6 +347,8 @@ case = "noisy"
 metric = "spearman"
 op = ">="
 value = 0.9
+over = "seeds"
+family = "rankings"
 """
 
 
