@@ -12,9 +12,9 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import command
 import torch
 
-import command
 from hap.harness.cli.probe import Shape, verdict
 
 CHECKS = Path("/lib/x86_64-linux-gnu/libc_malloc_debug.so.0")
