@@ -395,7 +395,7 @@ HEAVY = ("torch", "pandas", "matplotlib", "scipy.stats")
     ("args", "not_imported", "says"),
     [
         ("--help", (*HEAVY, "numpy", "scipy", "pydantic"), "doctor"),
-        ("list", (*HEAVY, "numpy", "scipy"), "digits"),
+        ("list", (*HEAVY, "scipy"), "digits"),
         ("judge digits", HEAVY, "HOLDS"),
         ("judge digts", (*HEAVY, "numpy"), "spec digts: must be a file or a name"),
         ("run digts", (*HEAVY, "numpy"), "spec digts: must be a file or a name"),
