@@ -17,10 +17,19 @@ References, cited as [key] in the docstrings:
 [Izenman75]    Izenman. Reduced-rank regression for the multivariate linear model. J. Multivariate Analysis 5, 1975.
 [Michel19]     Michel, Levy, Neubig. Are Sixteen Heads Really Better than One? NeurIPS 2019.
 [Molchanov19]  Molchanov, Mallya, Tyree, Frosio, Kautz. Importance Estimation for Neural Network Pruning. CVPR 2019.
+[Hassibi93]    Hassibi, Stork. Second order derivatives for network pruning: Optimal Brain Surgeon. NeurIPS 1993.
+[Xie21]        Xie, Fu, Tian, Zhou, Chen. Pruning with Compensation: Efficient Channel Pruning for Deep Convolutional
+               Neural Networks. arXiv 2108.13728, 2021; code: github.com/ZhouyangXie/pseudopruner.
+[Kurtic23]     Kurtic, Frantar, Alistarh. ZipLM: Inference-Aware Structured Pruning of Language Models. NeurIPS 2023.
+[An24]         An, Zhao, Yu, Tang, Wang. Fluctuation-based Adaptive Structured Pruning for LLMs. AAAI 2024.
 [Yule12]       Yule. On the methods of measuring association between two attributes. J. R. Stat. Soc. 75, 1912.
 [Holm79]       Holm. A simple sequentially rejective multiple test procedure. Scandinavian J. Statistics 6, 1979.
 [Efron87]      Efron. Better bootstrap confidence intervals. J. Am. Stat. Assoc. 82, 1987.
 [Schuirmann87] Schuirmann. A comparison of the two one-sided tests procedure. J. Pharmacokin. Biopharm. 15, 1987.
+[Satterthwaite46] Satterthwaite. An approximate distribution of estimates of variance components. Biometrics 2, 1946.
+[Lehmann05]    Lehmann, Romano. Testing Statistical Hypotheses. Springer, 2005.
+[Searle92]     Searle, Casella, McCulloch. Variance Components. Wiley, 1992.
+[Efron93]      Efron, Tibshirani. An Introduction to the Bootstrap. Chapman & Hall, 1993.
 [Zou08]        Zou, Donner. Construction of confidence limits about effect measures. Statistics in Medicine 27, 2008.
 [Mania19]      Mania, Miller, Schmidt, Hardt, Recht. Model similarity mitigates test set overuse. NeurIPS 2019.
 
@@ -48,6 +57,7 @@ _HOMES = {
     "plan": "Fate Plan",
     "surgery.apply": "apply mask",
     "implants": "merge",
+    "pruning": "prune",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [*_HOME, "HapError"]

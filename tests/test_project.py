@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from hap import CrossEntropy, couple, trace
-from hap.harness.models.saved import load_model
+from hap.harness.models import load_model
 from hap.harness.run import run
 from hap.harness.spec.spec import load_spec
 from hap.testing import check_groups, check_implant, check_score

@@ -7,7 +7,7 @@ lock, which the system releases when a process dies, keeps two processes from ma
 import shlex
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -49,12 +49,17 @@ class Job(NamedTuple):
         return self.again or not self.file.exists()
 
 
-def jobs(path: Path, spec: Spec, case: str | None, results: Path, again: bool = False) -> list[Job]:
-    """Those of all cases and seeds of a spec, which lies at `path`; or of the cases called `case`, without their @."""
+def jobs(
+    path: Path, spec: Spec, case: str | None, results: Path, again: bool = False, seeds: Sequence[int] | None = None
+) -> list[Job]:
+    """Those of all cases of a spec, which lies at `path`; or of the cases called `case`, without their @.
+
+    `seeds`: those of the first look where none are given.
+    """
     chosen = [each for each in spec.cases.values() if case in (None, each.name, each.name.split("@")[0])]
     if not chosen:
         raise HapError(f"--case {case}: must be a case of {spec.name}, one of {', '.join(spec.cases)}")
-    pairs = [(each, seed) for each in chosen for seed in spec.seeds]
+    pairs = [(each, seed) for each in chosen for seed in (spec.first if seeds is None else seeds)]
     return [Job(each, seed, results, again, alone(path, each, seed, results)) for each, seed in pairs]
 
 
@@ -65,10 +70,10 @@ def alone(path: Path, case: Case, seed: int, results: Path) -> str:
     return shlex.join(["hap", "record", str(path), case.name, str(seed), *where])
 
 
-def make(jobs: Iterable[Job], executor: Executor, step: Step) -> Iterator[tuple[Job, Broken]]:
+def make(jobs: Iterable[Job], executor: Executor, step: Step, broke: Callable[[Job, Broken], None]) -> None:
     """Makes the records of the jobs; those that another process is making come last, and are waited for.
 
-    Yields the jobs that broke, each of which was tried once.
+    Each job is tried once; `broke` is called with one that broke, and why, and the others go on.
     """
     waiting = deque(jobs)
     while waiting:
@@ -77,7 +82,7 @@ def make(jobs: Iterable[Job], executor: Executor, step: Step) -> Iterator[tuple[
             with step(job.name) as say:
                 attempt(job, executor, say)
         except Broken as error:
-            yield job, error
+            broke(job, error)
 
 
 def attempt(job: Job, executor: Executor, say: Say = silent, work: Callable[..., Run] | None = None) -> Run:

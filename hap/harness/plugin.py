@@ -79,7 +79,7 @@ class SpecFile(pytest.File):
             return
         results = self.config.getoption("--results") or self.path.parent.parent / "results"
         for case in spec.cases.values():
-            for seed in spec.seeds:
+            for seed in spec.first:
                 yield self._item(f"run[{case.name}-seed{seed}]", "run", partial(_run, spec, case, seed, results))
         for index, claim in enumerate(spec.claims):
             name = f"claim[{index + 1}-{_slug(claim.text)}]"

@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from hap.cost import latency, macs, params
 from hap.harness.batchnorm import recalibrate
@@ -17,6 +17,7 @@ from hap.harness.processes.progress import Clock, Say, silent
 from hap.harness.processes.provenance import code, environment
 from hap.harness.processes.workers import Known
 from hap.harness.records.freshness import decides, entrances
+from hap.harness.records.outcomes import Said, packed
 from hap.harness.records.record import Run
 from hap.harness.spec.functions import Ref
 from hap.harness.spec.spec import Case
@@ -27,7 +28,7 @@ from hap.plan import Plan, plan
 from hap.structure.groups import Groups, couple
 from hap.structure.heads import heads
 from hap.structure.tracing import trace
-from hap.surgery.apply import apply
+from hap.surgery.apply import added, apply
 from hap.testing import check_groups
 
 Method = Callable[..., tuple[nn.Module, Plan]]  # (task, groups, budget, *, rng, **options)
@@ -49,7 +50,7 @@ def run(case: Case, seed: int, *, known: Known | None = None, say: Say = silent,
             pruned, chosen = timed("prune", by_method, case, seed, task, groups)
         else:
             chosen = timed("plan", plan, groups, score.scores, case.budget)
-            pruned = timed("apply", applied, task, groups, chosen, bound(case.implant))
+            pruned, chosen = timed("apply", applied, task, groups, chosen, bound(case.implant), bound(case.update))
         if case.recalibrate:
             recalibrate(pruned, task.batches, task.loss.call)
         start, rng = snapshot(pruned), generator(seed, "finetune")
@@ -59,12 +60,12 @@ def run(case: Case, seed: int, *, known: Known | None = None, say: Say = silent,
         return record(case, seed, task, chosen, score, curve, tests, timed.seconds)
 
 
-def one_shot(score: Callable[..., Any], implant: Any = None) -> Method:
-    """The method of the paper made of a score and an implant: score once, plan once, apply once."""
+def one_shot(score: Callable[..., Any], implant: Any = None, update: Any = None) -> Method:
+    """The method of the paper made of a score, an implant and an update: score once, plan once, apply once."""
 
     def method(task: Task, groups: Groups, budget: Any, *, rng: Any) -> tuple[nn.Module, Plan]:
         chosen = plan(groups, score(task.model, task.loss, task.batches, groups, rng=rng), budget)
-        return applied(task, groups, chosen, implant), chosen
+        return applied(task, groups, chosen, implant, update)
 
     return method
 
@@ -97,14 +98,15 @@ def by_method(case: Case, seed: int, task: Task, groups: Groups) -> tuple[nn.Mod
     return accepted(case.method.use, task, groups, case.budget, found)
 
 
-def applied(task: Task, groups: Groups, chosen: Plan, implant: Any) -> nn.Module:
-    """The model that a plan leaves, checked."""
+def applied(task: Task, groups: Groups, chosen: Plan, implant: Any, update: Any) -> tuple[nn.Module, Plan]:
+    """The model that a plan leaves, checked, and the plan with the biases that an update added."""
     inputs = [inputs for inputs, _ in task.batches]
-    pruned = apply(task.model, groups, chosen, implant, batches=inputs, call=task.loss.call)
+    pruned = apply(task.model, groups, chosen, implant, update, batches=inputs, call=task.loss.call, loss=task.loss)
+    chosen = replace(chosen, added=added(task.model, pruned)) if update is not None else chosen
     agree(task.name, task, pruned, chosen)
-    if implant is not None:
+    if implant is not None or update is not None:
         runs(task.name, task, pruned)
-    return pruned
+    return pruned, chosen
 
 
 def bound(ref: Ref | None) -> Any:
@@ -118,6 +120,14 @@ class Tested(NamedTuple):
     metrics: dict[str, dict[str, float]]
     epochs: list[dict[str, Any]]
     cost: dict[str, dict[str, Any]]
+    outcomes: dict[str, Any]  # which samples were right, where the task says
+
+
+class Answers(NamedTuple):
+    """What a network reaches on the test set, and what it says of each sample, where the task lets it be seen."""
+
+    metrics: dict[str, float]
+    said: Said | None
 
 
 def tested(task: Task, pruned: nn.Module, start: State, curve: Curve, dense: Dense) -> Tested:
@@ -125,16 +135,29 @@ def tested(task: Task, pruned: nn.Module, start: State, curve: Curve, dense: Den
 
     A faithful task may have selected its dense model on it, as published (`keep = "best_test"`), and says so.
     """
-    whole = dense.once(lambda: task.evaluate(task.model, "test"), "accuracy")
-    one, *each = [task.evaluate(_restored(pruned, state), "test") for state in (start, *curve.states())]
-    metrics = {"dense": whole, "one_shot": one, "selected": one, "last": one, "best_test_epoch": one}
+    whole = dense.once(lambda: answers(task, task.model), "answers")
+    one, *each = [answers(task, _restored(pruned, state)) for state in (start, *curve.states())]
+    stages = {"dense": whole, "one_shot": one, "selected": one, "last": one, "best_test_epoch": one}
     if each:
         # upstream: reports the epoch that is best on the test set; recorded as what it is, and never selected by
-        best = max(each, key=lambda found: (found[task.metric], -found["loss"]))
-        metrics |= {"selected": each[curve.selected], "last": each[-1], "best_test_epoch": best}
-    epochs = [{**row, "test": test} for row, test in zip(curve.epochs, each, strict=True)]
+        best = max(each, key=lambda found: (found.metrics[task.metric], -found.metrics["loss"]))
+        stages |= {"selected": each[curve.selected], "last": each[-1], "best_test_epoch": best}
+    metrics = {stage: found.metrics for stage, found in stages.items()}
+    epochs = [{**row, "test": found.metrics} for row, found in zip(curve.epochs, each, strict=True)]
     cost = {"dense": dense.once(lambda: _cost(task.model, task), "cost"), "pruned": _cost(pruned, task)}
-    return Tested(metrics, epochs, cost)
+    return Tested(metrics, epochs, cost, packed({stage: found.said for stage, found in stages.items()}, metrics))
+
+
+def answers(task: Task, model: nn.Module) -> Answers:
+    """A network on the test set."""
+    said: list[Said] = []
+
+    def seen(classes: Tensor, labels: Tensor) -> None:
+        said.append(Said(classes.cpu().numpy(), labels.cpu().numpy()))
+
+    offered = {"seen": seen} if "seen" in inspect.signature(task.evaluate).parameters else {}
+    metrics = task.evaluate(model, "test", **offered)
+    return Answers(metrics, said[0] if said else None)
 
 
 def _restored(model: nn.Module, state: State) -> nn.Module:
@@ -183,4 +206,5 @@ def record(
         data=asdict(task.data) | ({"test_samples": task.test_samples} if task.test_samples else {}),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=[*task.notes, *(score.warnings if score else ()), *curve.notes],
+        outcomes=tests.outcomes,
     )

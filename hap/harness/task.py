@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from hap import HapError
 from hap.hessian.losses import CrossEntropy
 
+# takes the class that was said of each sample of a split, in its order, and the true ones
+Seen = Callable[[Tensor, Tensor], None]
+
 
 class MissingData(HapError):  # noqa: N818  (the CLI and the tests say what is missing, not that it is an error)
     """A data set or checkpoint that is not on this machine: what was looked for, where, and how to get it."""
@@ -35,7 +38,8 @@ class Task:
     batches: Sequence[tuple[Any, Tensor]]  # calibration: training samples without augmentation
     train: Callable[[int, torch.Generator], Iterator[tuple[Any, Tensor]]]  # one epoch, shuffled and augmented
     train_size: int  # the samples of one such epoch, so that a schedule can count its steps
-    evaluate: Callable[[nn.Module, str], dict[str, float]]  # "validation" | "test" -> accuracy (percent), loss (nats)
+    # "validation" | "test" -> accuracy (percent), loss (nats); to one that takes `seen: Seen` it is offered
+    evaluate: Callable[..., dict[str, float]]
     example: Any  # one sample, batch axis of 1
     data: Data
     notes: tuple[str, ...] = ()  # what a record must say of how the model was trained

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 from hap import HapError
 from hap.hessian.losses import Batches, Loss
 from hap.hessian.persample import even
+from hap.structure.kernels import sound
 from hap.structure.layers import Call, evaluating, first_tensor, is_mixing, refuse_hidden, uncompiled, weight_of
-from hap.structure.narrow import sound
 
 
 class Seen(NamedTuple):

@@ -101,25 +101,25 @@ def _mixing(module: nn.Module, x: Tensor, g: Tensor, per: Per, drawn: bool, scra
     natural = False  # whether the taps of the kernel are the last axis, as in the weight, or before cols, as in patches
     g = g.reshape(len(g), columns, conv_groups, rows, places).transpose(1, 2)
     if places == 1:
-        u = _patches(module, x, scratch)
+        u = patches(module, x, scratch)
         squares = _one_position(u[:, :, 0].square(), g[..., 0].square(), per, drawn)
     elif per == "row" and places * (cols + columns * rows) < cols * columns * rows:
-        flat, u = g.flatten(2, 3), _patches(module, x, scratch)
+        flat, u = g.flatten(2, 3), patches(module, x, scratch)
         d2 = ((flat @ (u @ u.mT)) * flat).sum(-1).reshape(g.shape[:-1])
         squares = _rows(d2.transpose(1, 2), drawn)
     elif per == "row":
         natural = _has_fast_groups(module, x)
-        d = _by_kernel(module, x, g) if natural else _products(_patches(module, x, scratch), g, scratch)
+        d = _by_kernel(module, x, g) if natural else _products(patches(module, x, scratch), g, scratch)
         squares = _rows(d.square_().sum(-1).transpose(1, 2), drawn)
     elif places < columns:
-        gram, u = torch.einsum("ngcop,ngcoq->gnopq", g, g), _patches(module, x, scratch)
+        gram, u = torch.einsum("ngcop,ngcoq->gnopq", g, g), patches(module, x, scratch)
         squares = Squares(torch.einsum("gnopi,ngpi->goi", gram @ u.transpose(0, 1)[:, :, None], u))
         if drawn:
             last = _weights(_products(u, g[:, :, -1:], scratch).square_().transpose(1, 2), drawn)
             squares = last._replace(total=squares.total)
     else:
         natural = _has_fast_groups(module, x)
-        d = _by_kernel(module, x, g) if natural else _products(_patches(module, x, scratch), g, scratch)
+        d = _by_kernel(module, x, g) if natural else _products(patches(module, x, scratch), g, scratch)
         squares = _weights(d.square_().transpose(1, 2), drawn)
     return squares if per == "row" else _shaped(weight, squares, natural)
 
@@ -223,7 +223,7 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
     return F.batch_norm(x, module.running_mean.to(x), module.running_var.to(x), eps=module.eps)
 
 
-def _patches(module: nn.Module, x: Tensor, scratch: dict[str, Tensor]) -> Float[Tensor, "batch groups positions cols"]:
+def patches(module: nn.Module, x: Tensor, scratch: dict[str, Tensor]) -> Float[Tensor, "batch groups positions cols"]:
     """The input patch of each position; cols are taps, then channels, so that copies read memory in runs."""
     if isinstance(module, nn.Linear):
         return x.reshape(len(x), 1, -1, x.shape[-1])

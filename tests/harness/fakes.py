@@ -1,6 +1,7 @@
 """Functions that a spec of the tests can name, a spec that reads, and runs made up of numbers."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,9 @@ case = "hap"
 metric = "params_pruned"
 op = ">="
 value = 70
+over = "seeds"
+family = "sizes"
+effect = 2
 
 [[claims]]
 text = "hap is no worse than random"
@@ -42,6 +46,9 @@ metric = "accuracy"
 op = ">="
 value = 0
 tolerance = 0.5
+over = "seeds and images"
+family = "sanity"
+effect = 0
 """
 
 
@@ -119,6 +126,11 @@ def without(record, *steps):
         part = part[step]
     del part[steps[-1]]
     return copy
+
+
+def unpadded(text):
+    """Tables in Markdown with one space around each cell."""
+    return "\n".join(re.sub(r" *(?<!\\)\| *", " | ", line).strip() for line in text.split("\n"))
 
 
 def fake_run(case: Any, seed: int, **changes: Any) -> Any:

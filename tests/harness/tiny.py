@@ -33,6 +33,9 @@ metric = "accuracy"
 stage = "one_shot"
 op = ">="
 value = 50
+over = "seeds"
+family = "sizes"
+effect = 5
 """
 
 
@@ -56,8 +59,8 @@ def task(seed: int) -> Task:
         F.cross_entropy(model(NORMALISE(batch)), train.labels[at]).backward()
         optimiser.step()
 
-    def evaluate(model, split):
-        return measure(model, loss.call, splits[split], NORMALISE)
+    def evaluate(model, split, seen=None):
+        return measure(model, loss.call, splits[split], NORMALISE, seen=seen)
 
     return Task(
         name="tiny",

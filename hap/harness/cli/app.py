@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from hap import HapError
-from hap.harness.cli import commands
+from hap.harness.cli import commands, compare, planning
 from hap.harness.cli.terminal import FOLDER, Context, Names, Results, executing, near, out, paths, results_of, say, told
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def list_specs(results: Results = None) -> None:
         try:
             spec = load_spec(path, bind=False)
             made = sum(map(len, store.evidence(spec, results_of(path, results)).values()))
-            counts = f"{len(spec.cases)} cases, {made} of {len(spec.cases) * len(spec.seeds)} runs made"
+            counts = f"{len(spec.cases)} cases, {made} of {len(spec.cases) * len(spec.first)} runs made"
             needs = f"; needs {spec.needs}" if spec.needs else ""
             say(f"{spec.name:20} {spec.tier:6} {counts}: {spec.title}{needs}")
         except HapError as error:
@@ -59,6 +59,10 @@ def run(
     again: Annotated[bool, typer.Option("--again", help="Make evidence anew where it exists.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Rehearse: all stages, few images, nothing kept.")] = False,
     slurm: Annotated[list[str] | None, typer.Option(help="By jobs: partition=P,gpus=1,...; or cluster=local.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these seeds, as in 0,2,5-7.")] = None,
+    until_decided: Annotated[
+        bool, typer.Option("--until-decided", help="Add the seeds of the next look for claims that are still open.")
+    ] = False,
     results: Results = None,
 ) -> None:
     """Make the evidence that is missing, judge it, write the report; under torchrun, on several GPUs at once."""
@@ -74,16 +78,24 @@ def run(
         raise HapError("--slurm: sends jobs by itself, and not under torchrun; ranks=N gives each job N ranks")
     if smoke and cluster:
         raise HapError("--smoke: rehearses here, and not with --slurm")
+    if until_decided and (smoke or cluster or seeds is not None):
+        raise HapError("--until-decided: adds seeds by itself, here, and not with --seeds, --smoke or --slurm")
     with _joined() as alone, executing(context) as executor:
         if smoke:
             raise typer.Exit(int(_rehearse(chosen, case, executor)))
         there = {path: results_of(path, results) for path in chosen}
-        wanted = {path: jobs(path, spec, case, there[path], again) for path, spec in chosen.items()}
+        wanted = {
+            path: jobs(path, spec, case, there[path], again, planning.seeds_of(seeds, spec))
+            for path, spec in chosen.items()
+        }
         if cluster:
             broken = _send(chosen, wanted, cluster)
         else:
             several = len(chosen) > 1
             broken = [each for path, spec in chosen.items() for each in _make(spec, wanted[path], executor, several)]
+        if until_decided and not broken:
+            for path, spec in chosen.items():
+                broken += _decide(path, spec, case, there[path], executor, wanted[path])
         surprising = alone(lambda: _close(there))
         if broken:
             say(f"{len(broken)} of {sum(map(len, wanted.values()))} records are BROKEN, as said above")
@@ -181,7 +193,7 @@ def lint_results(results: Results = None) -> None:
     from hap.harness.cli.lint import lint
 
     with out.status("reading") as status:
-        found = lint(FOLDER, results_of(FOLDER / "any", results), lambda name: status.update(f"checking {name}"))
+        found = lint(FOLDER, results_of(FOLDER / "any", results), lambda name: status.update(f"checking {name}"), say)
     for finding in found:
         say(finding.line)
     say(f"{len(found)} findings" if found else "nothing is wrong")
@@ -198,8 +210,9 @@ def doctor_machine(results: Results = None) -> None:
         say(line)
 
 
+app.command("power")(told(planning.power))
 app.command("nightly")(told(commands.nightly))
-app.command("compare")(told(commands.compare))
+app.command("compare")(told(compare.compare))
 
 
 @contextmanager
@@ -234,17 +247,45 @@ def _make(spec: "Spec", jobs: "list[Job]", executor: "Executor", skip: bool = Fa
     from hap.harness.task import MissingData
 
     broken = list[str]()
+
+    def broke(job: "Job", why: HapError) -> None:
+        broken.append(f"{spec.name}: {job.name} is BROKEN: {why}")
+        say(broken[-1])
+
     try:
         if ranks.shared(lambda: any(job.missing for job in jobs)):
             require(spec)
         with progress(spec.name, len(jobs), out) as step:
-            for job, error in make(jobs, executor, step):
-                broken.append(f"{spec.name}: {job.name} is BROKEN: {error}")
-                say(broken[-1])
+            make(jobs, executor, step, broke)
     except MissingData as error:
         if not skip or ranks.world() > 1:  # where one rank alone lacks it, the others would go on
             raise
         say(f"{spec.name} is left out: {error}")
+    return broken
+
+
+def _decide(
+    path: Path, spec: "Spec", case: str | None, results: Path, executor: "Executor", made: "list[Job]"
+) -> list[str]:
+    """Makes the records of the next look of the claims that are open, look by look, and adds their jobs to `made`.
+
+    Returns a line for each record that is BROKEN, after which no look follows.
+    """
+    from hap.harness.make import jobs
+    from hap.harness.processes import ranks
+    from hap.harness.records import store
+    from hap.harness.verdicts.looks import pending
+
+    broken, asked = list[str](), list[tuple[str, int]]()
+    while not broken:
+        found = ranks.shared(lambda: pending(spec, store.evidence(spec, results)))
+        here = [job for job in jobs(path, spec, case, results, seeds=spec.seeds) if (job.case.name, job.seed) in found]
+        if not here or asked == found:  # of a spec whose data is missing nothing is made
+            break
+        asked = found
+        say(f"{spec.name}: {len(here)} more records, for claims that are open")
+        broken += _make(spec, here, executor, skip=True)
+        made += here
     return broken
 
 
@@ -308,7 +349,9 @@ def _summary(spec: "Spec", verdicts: "Sequence[Verdict]", release: bool = False)
 
 
 def _tell(verdict: "Verdict") -> None:
-    out.print(Text.assemble((f"  {verdict.outcome:10}", COLOURS[verdict.outcome]), verdict.claim.text), soft_wrap=True)
+    stands = "stand-in: " if verdict.stand_in else ""
+    told = f"{stands}{verdict.claim.text}"
+    out.print(Text.assemble((f"  {verdict.outcome:10}", COLOURS[verdict.outcome]), told), soft_wrap=True)
     notes = [verdict.measured, *verdict.notes, f"source: {verdict.claim.source}"]
     for note in [*notes, f"known: {verdict.claim.known}" if verdict.claim.known else ""]:
         if note:

@@ -17,8 +17,9 @@ from hap import HapError
 from hap.harness.spec.functions import Ref
 from hap.harness.task import Task
 from hap.harness.tasks.decoding import AHEAD, Pictures, stream, workers
+from hap.harness.train.exact import exactly
 from hap.harness.train.recipe import Recipe
-from hap.harness.train.step import Stepper, exactly
+from hap.harness.train.step import Stepper
 
 SECONDS = 1.5  # of each measurement, at least; and at least one step
 PART = 8  # images decoded at a time

@@ -27,6 +27,7 @@ from hap.harness.task import Task
 from hap.harness.train.loop import Curve, generator, snapshot
 from hap.harness.train.recipe import Recipe
 from hap.harness.train.step import LEAST, Stepper, optimiser
+from hap.structure.kernels import sound
 
 STEPS = 2  # that are timed, after one that warms up
 LOADING, MOST = 3.0, 64  # seconds, and batches, by which the loading of data is timed

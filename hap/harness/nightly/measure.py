@@ -96,7 +96,7 @@ def _begun(file: Path) -> dict[str, Any]:
 
 def seeds(night: str, spec: Spec) -> list[int]:
     """As many seeds as the spec has, drawn from the names of the night and the spec."""
-    texts = [f"{night}/{spec.name}/{i}" for i in range(len(spec.seeds))]
+    texts = [f"{night}/{spec.name}/{i}" for i in range(len(spec.first))]
     return [int.from_bytes(sha256(text.encode()).digest()[:4], "big") for text in texts]
 
 
@@ -126,7 +126,7 @@ def runnable(specs: Mapping[Path, Spec], notes: list[str]) -> dict[Path, Spec]:
 
 def parts(specs: Iterable[Spec], timed: bool) -> int:
     """How many steps a night of these specs has."""
-    return sum(len(spec.cases) * len(spec.seeds) for spec in specs) + timed
+    return sum(len(spec.cases) * len(spec.first) for spec in specs) + timed
 
 
 def measure(
@@ -156,7 +156,7 @@ def measure(
 
 def of_run(night: str, spec: Spec, case: Case, run: Run) -> Iterator[Row]:
     """The rows of a record: a row for each claim it bears on, and of what is watched and not claimed."""
-    where = {"device": run.environment["device"], "cpu": speed.cpu()}
+    where = {"device": run.environment["device"], "cpu": provenance.processor()}
     where |= {part: run.environment[part] for part in ("threads", "torch")}
     for claim in watched(spec, case):
         yield Row(
@@ -193,7 +193,7 @@ def of_works(night: str, root: Path, known: Known, say: Say) -> list[Row]:
     with threads(speed.THREADS):
         found = speed.ratios(speed.works(root), speed.product())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    where: dict[str, str | int] = {"device": device, "cpu": speed.cpu(), "threads": speed.THREADS}
+    where: dict[str, str | int] = {"device": device, "cpu": provenance.processor(), "threads": speed.THREADS}
     where["torch"] = torch.__version__
     code = provenance.code()
     return [

@@ -11,6 +11,7 @@ from hashlib import sha256
 from itertools import combinations
 from typing import Any
 
+from hap.harness.records import outcomes
 from hap.harness.records.record import Run
 from hap.harness.spec.spec import Base, Case
 from hap.harness.tasks import glue
@@ -29,6 +30,7 @@ def record(run: Run, case: Case, shown: str) -> Wrong:
     yield from _deltas(run)
     yield from _planned(run)
     yield from _selected(run, _metric(run, shown))
+    yield from outcomes.differing(run.outcomes, run.metrics)
     for unit in ("params", "macs"):
         _removed(run, unit)  # what is checked of records beside each other must be there
     _shared(run)

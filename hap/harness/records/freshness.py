@@ -35,13 +35,13 @@ from hap.harness.processes.provenance import checksum
 
 PACKAGE = Path(hap.__file__).parent
 ENTRANCE = "hap.harness.run:run"
-ROLES = ("task", "score", "method", "reference", "implant")
+ROLES = ("task", "score", "method", "reference", "implant", "update")
 # they say what happened and where, and keep it; no number comes from them
 SILENT = {
     f"hap.harness.{name}"
     for name in (
         "spec.functions train.checkpoints processes.progress processes.files processes.provenance processes.workers "
-        "records.freshness tasks.cache "
+        "records.freshness records.outcomes tasks.cache "
         "binding checkpoints events files freshness provenance records.provenance"  # where they lay in older commits
     ).split()
 }

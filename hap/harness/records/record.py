@@ -24,3 +24,4 @@ class Run:
     data: dict[str, Any]
     created: str  # UTC
     warnings: list[str] = field(default_factory=list)
+    outcomes: dict[str, Any] = field(default_factory=dict)  # which test samples were right, as `records.outcomes` packs

@@ -5,13 +5,14 @@ It does not know how a run is made.
 
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from hap import HapError
 from hap.harness.processes.files import atomic_write
+from hap.harness.records import outcomes
 from hap.harness.records.parts import Parts
 from hap.harness.records.record import Run
 from hap.harness.spec.functions import mistake, wrong
@@ -31,6 +32,7 @@ def load(file: Path) -> Run:
     try:
         run = _read(file.read_bytes())
         _belongs(run, file)
+        run = replace(run, outcomes=outcomes.attached(run.outcomes, file.resolve().parents[1]))
     except OSError as error:
         raise HapError(f"{file}: a record must be readable (found {error.strerror})") from None
     except HapError as error:
@@ -41,7 +43,8 @@ def load(file: Path) -> Run:
 def save(run: Run, results: Path) -> Path:
     """Writes a record whole or not at all, and returns where."""
     file = results / run.spec / f"{run.case}-{run.key}" / f"seed{run.seed}.json"
-    atomic_write(file, (json.dumps(asdict(run), indent=1) + "\n").encode())
+    table = asdict(run) | {"outcomes": outcomes.detached(run.outcomes, file.parents[1])}
+    atomic_write(file, (json.dumps(table, indent=1) + "\n").encode())
     return file
 
 

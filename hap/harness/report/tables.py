@@ -155,7 +155,7 @@ def _in_latex(spec: Spec, runs: Runs, table: pd.DataFrame) -> str:
 
 def _row(spec: Spec, name: str, runs: list[Run]) -> dict[str, Any]:
     origin = {"origin": "run here"} if spec.reported else {}
-    row: dict[str, Any] = {"case": name, **origin, "seeds": len(runs), "seeds_wanted": len(spec.seeds)}
+    row: dict[str, Any] = {"case": name, **origin, "seeds": len(runs), "seeds_wanted": len(spec.first)}
     for column, _, number in columns(spec):
         values = [number(run) for run in runs]
         row[f"{column}_mean"] = fmean(values) if values else None
@@ -183,7 +183,7 @@ def _footnotes(spec: Spec) -> list[str]:
 
 
 def _cells(row: dict[Any, Any], columns: Sequence[str]) -> list[str]:
-    seeds = f"{row['seeds']}" if row["seeds"] == row["seeds_wanted"] else f"{row['seeds']} of {row['seeds_wanted']}"
+    seeds = f"{row['seeds']}" if row["seeds"] >= row["seeds_wanted"] else f"{row['seeds']} of {row['seeds_wanted']}"
     return [row["case"], seeds, *(_measured(row[f"{column}_mean"], row[f"{column}_sd"]) for column in columns)]
 
 

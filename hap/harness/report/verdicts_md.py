@@ -17,7 +17,10 @@ Judged from the records in this folder, and from nothing else. `nox -s judge` ju
 which has the same verdicts with plots.
 
 STALE: when this file was written, code or data that decide the numbers had changed since the commits that each section
-names. What such evidence says is told in the remark, and counts for nothing until it is made again."""
+names. What such evidence says is told in the remark, and counts for nothing until it is made again.
+
+Bounds are over seeds, or "over seeds and N images" where the claim is about new images too. Where they name a "test set
+of N", the records do not say which images were right, and its error is a bound from counts, on the safe side."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,16 @@ def _section(entry: Entry) -> str:
     head = ["", "verdict", "claim", "claimed", "observed", "seeds", "remark"]
     table = markdown(head, ([str(number), *_cells(each)] for number, each in enumerate(entry.verdicts, start=1)))
     made = f" Records: {told}." if (told := commits(entry)) else ""
-    about = f"Spec `{entry.name}`, {plain(entry.spec.paper)}.{made}"
+    stands = f" A stand-in for {plain(entry.spec.stand_in)}: it shows nothing of that." if entry.spec.stand_in else ""
+    about = f"Spec `{entry.name}`, {plain(entry.spec.paper)}.{stands}{made}"
     parts = [f"## {plain(entry.title)}", about, table, _sources(entry.verdicts)]
     return "\n\n".join(part for part in parts if part)
 
 
 def _cells(verdict: Verdict) -> list[str]:
     told = [verdict.claim.text, describe(verdict.claim), observed(verdict)]
-    return [f"**{verdict.outcome}**", *told, str(seeds(verdict)), remark(verdict)]
+    stands = " (stand-in)" if verdict.stand_in else ""
+    return [f"**{verdict.outcome}**{stands}", *told, str(seeds(verdict)), remark(verdict)]
 
 
 def _sources(verdicts: Sequence[Verdict]) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hap import HapError
-from hap.harness.task import Data, Task
+from hap.harness.task import Data, Seen, Task
 from hap.harness.tasks.data import (
     Images,
     Normalise,
@@ -109,8 +109,8 @@ def workload(
         shown = splits["whole"].part(slice(-last, None))
         batches = [(normalise(shown.pixels), shown.labels)]
 
-    def evaluate(model: nn.Module, which: str) -> dict[str, float]:
-        return measure(model, loss.call, splits[which], normalise)
+    def evaluate(model: nn.Module, which: str, seen: Seen | None = None) -> dict[str, float]:
+        return measure(model, loss.call, splits[which], normalise, seen=seen)
 
     return Task(
         name=name,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hap import HapError
-from hap.harness.task import Data, MissingData, Task
+from hap.harness.task import Data, MissingData, Seen, Task
 from hap.harness.tasks import glue, text
 from hap.harness.tasks.cache import Trained, cached
 from hap.harness.tasks.data import device, positive
@@ -108,8 +108,8 @@ def workload(
     """The task of an encoder and these splits; MACs and latency are those of an example of `shown` tokens at most."""
     loss, train = CrossEntropy(call=logits), parts["train"]
 
-    def evaluate(model: nn.Module, which: str) -> dict[str, float]:
-        return text.measure(model, loss.call, parts[which], pad)
+    def evaluate(model: nn.Module, which: str, seen: Seen | None = None) -> dict[str, float]:
+        return text.measure(model, loss.call, parts[which], pad, seen=seen)
 
     longest = train.lengths.argmax()[None]
     return Task(

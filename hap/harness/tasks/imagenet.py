@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from hap import HapError
 from hap.harness.processes import ranks
-from hap.harness.task import Data, MissingData, Task
-from hap.harness.tasks.data import Normalise, device, positive, roots
+from hap.harness.task import Data, MissingData, Seen, Task
+from hap.harness.tasks.data import Normalise, device, in_order, positive, roots
 from hap.harness.tasks.decoding import View, decoded
 from hap.harness.tasks.imagefolder import Listing, digest, drawn_by_name, listed
 from hap.harness.tasks.imagestream import Count, Shard, calibration, count, epoch
@@ -150,8 +150,11 @@ def workload(
     model = model.to(device()).to(memory_format=torch.channels_last).eval()
     example = decoded(train.file(0), view, None)[None].to(device()).permute(0, 3, 1, 2)
 
-    def evaluate(model: nn.Module, which: str) -> dict[str, float]:
-        found = count(model, loss.call, splits[which], view, normalise, shard=shard)
+    def evaluate(model: nn.Module, which: str, seen: Seen | None = None) -> dict[str, float]:
+        said = list[Tensor]()
+        found = count(model, loss.call, splits[which], view, normalise, shard=shard, said=said)
+        if seen is not None:
+            seen(in_order(torch.cat(said), len(splits[which].labels)), splits[which].labels)
         sums = ranks.summed(torch.tensor(found, dtype=torch.float64)).tolist()
         return Count(int(sums[0]), sums[1], int(sums[2])).rates
 

@@ -123,8 +123,12 @@ def count(
     normalise: Normalise,
     batch_size: int | None = None,
     shard: Shard = (0, 1),
+    said: list[Tensor] | None = None,
 ) -> Count:
-    """Hits and summed cross-entropy over each image of [rank::world] once; leaves the model in eval mode."""
+    """Hits and summed cross-entropy over each image of [rank::world] once; leaves the model in eval mode.
+
+    `said` takes the classes that were said of them, a tensor a batch.
+    """
     model.eval()
     where = device()
     # a batch on a CPU should stay near the cache
@@ -134,7 +138,10 @@ def count(
     hits, loss = torch.zeros((), dtype=torch.long, device=where), torch.zeros((), dtype=torch.double, device=where)
     for part, pixels in zip(keys, stream(Pictures(images, view), keys), strict=True):
         logits, labels = call(model, normalise(pixels)), images.labels[[i for i, _ in part]].to(where)
-        hits += (logits.argmax(1) == labels).sum()
+        classes = logits.argmax(1)
+        hits += (classes == labels).sum()
+        if said is not None:
+            said.append(classes)
         loss += F.cross_entropy(logits, labels, reduction="sum")
     return Count(int(hits), float(loss), len(mine))
 

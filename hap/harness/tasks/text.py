@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from hap.harness.processes import ranks
 from hap.harness.processes.files import atomic_write, cache
+from hap.harness.task import Seen
 from hap.harness.tasks.data import digest
 from hap.harness.tasks.glue import Sentences
 
@@ -102,14 +103,20 @@ def calibration(
 
 @torch.inference_mode()
 def measure(
-    model: nn.Module, call: Callable[[nn.Module, Any], Tensor], tokens: Tokens, pad: int, batch_size: int = 64
+    model: nn.Module,
+    call: Callable[[nn.Module, Any], Tensor],
+    tokens: Tokens,
+    pad: int,
+    batch_size: int = 64,
+    seen: Seen | None = None,
 ) -> dict[str, float]:
     """Accuracy in percent and mean cross-entropy in nats; of two classes F1 and Matthews' correlation too.
 
-    Ranks share the work.
+    Ranks share the work. `seen` takes the class that was said of each sample, and the true ones.
     """
     model.eval()
-    order = tokens.lengths.argsort(stable=True)[ranks.slices(len(tokens.lengths))]
+    by_length = tokens.lengths.argsort(stable=True)
+    order = by_length[ranks.slices(len(by_length))]
     logits, labels = list[Tensor](), list[Tensor]()
     for part in torch.split(order, batch_size):
         inputs, targets = tokens.batch(part, pad)
@@ -117,6 +124,9 @@ def measure(
         labels.append(targets)
     parts = ranks.gathered([(one.cpu(), other.cpu()) for one, other in zip(logits, labels, strict=True)])
     found, wanted = (torch.cat(each) for each in zip(*(pair for part in parts for pair in part), strict=True))
+    if seen is not None:
+        places = torch.cat([by_length[rank :: ranks.world()] for rank in range(ranks.world())])
+        seen(found.argmax(1)[places.argsort()], wanted[places.argsort()])
     loss = float(F.cross_entropy(found.double(), wanted))
     return {**scores(found.argmax(1), wanted, found.shape[1]), "loss": loss}
 

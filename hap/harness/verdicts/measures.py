@@ -1,19 +1,32 @@
-"""What runs say on a claim, in numbers: a value a seed, whether chance is in it, the error of its test set."""
+"""What runs say on a claim, in numbers: a value a seed, whether chance is in it, what its test set adds.
+
+A claim over seeds is about this test set, and has no error of it. One over seeds and images has the parts of its
+variance from which samples were right, where all its records tell; else a bound of the error of the test set, from
+counts.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from hap import HapError
+from hap.harness.records import outcomes
+from hap.harness.records.outcomes import METRICS
 from hap.harness.records.record import Run
 from hap.harness.spec.spec import STAGELESS, Claim
+from hap.harness.verdicts.crossed import Parts, resampled
+from hap.harness.verdicts.crossed import parts as crossed
 from hap.harness.verdicts.statistics import (
     Interval,
     Op,
+    across,
     counted,
     deviation,
+    expected,
     fails,
     holds,
     interval,
@@ -29,19 +42,21 @@ Decision = Callable[[Op, Interval, float, float], bool]
 
 @dataclass(frozen=True)
 class Measured:
-    """A claim with its numbers: a value for each seed, and the standard error that its test set adds."""
+    """A claim with its numbers: a value for each seed, and what its test set adds."""
 
     claim: Claim
     values: tuple[float, ...]
     seeds: tuple[int, ...]
     certain: bool  # the seeds make no difference
-    sampling: float
-    size: int | None  # of the test set
+    sampling: float = 0.0  # a bound of the standard error of the test set, where its samples are not known one by one
+    size: int | None = None  # of the test set
+    parts: Parts | None = None  # of the variance over seeds and images, where they are
 
     @property
     def compared(self) -> bool:
         """Whether it is a comparison of cases that chance has a part in."""
-        return self.claim.against is not None and (self.sampling > 0 or deviation(self.values) > 0)
+        chance = self.sampling > 0 or deviation(self.values) > 0 or (self.parts is not None and self.parts.images > 0)
+        return self.claim.against is not None and chance
 
     @property
     def band(self) -> tuple[float, float]:
@@ -52,7 +67,16 @@ class Measured:
     def at(self, confidence: float, decision: Decision = holds) -> Interval:
         """The bounds of the mean; a comparison is bootstrapped where there are seeds enough."""
         confidence = self.level(confidence, decision)
+        if self.parts is not None:
+            return across(fmean(self.values), self.parts, len(self.values), confidence)
         return interval(self.values, confidence, sampling=self.sampling, bootstrap=self.claim.against is not None)
+
+    def with_seeds(self, seeds: int, confidence: float, images: bool = True) -> Interval:
+        """The bounds for so many seeds if mean and spread stay; without what images add, were their number endless."""
+        mean, spread = math.fsum(self.values) / len(self.values), deviation(self.values)
+        if self.parts is not None:
+            return across(mean, self.parts if images else self.parts._replace(images=0.0), seeds, confidence)
+        return expected(mean, spread, seeds, confidence, sampling=self.sampling if images else 0.0)
 
     def level(self, confidence: float, decision: Decision) -> float:
         """That of each bound: what "==" refutes, it refutes on either side, so each side has half of the error."""
@@ -64,6 +88,8 @@ class Measured:
 
     def told(self, found: Interval) -> str:
         """How the bounds were found."""
+        if found.kind == "crossed":
+            return f"over seeds and {self.size} images"
         kind = "no spread over seeds" if found.kind == "test set" else found.kind
         return f"{kind}, test set of {self.size}" if self.sampling else kind
 
@@ -79,10 +105,13 @@ def measured(claim: Claim, runs: Runs, seeds: Sequence[int]) -> Measured:
     values = [value(row[0], claim) - sum(value(run, claim) for run in row[1:]) for row in rows]
     columns = [list(column) for column in zip(*rows, strict=True)]
     sure = all(_certain(claim, column) for column in columns)
+    found = Measured(claim, tuple(values), tuple(seeds), sure)
+    if claim.over == "seeds" or len(seeds) < 2:
+        return found
+    if (parts := _parts(claim, columns)) is not None:
+        return replace(found, parts=parts, size=parts.size)
     size = _size([run for column in columns for run in column])
-    if sure and claim.stage == "dense" and claim.against is None:
-        size = None  # one network, counted on the same images as by its source
-    return Measured(claim, tuple(values), tuple(seeds), sure, _sampling(claim, columns, size), size)
+    return replace(found, sampling=_sampling(claim, columns, size), size=size)
 
 
 def value(run: Run, claim: Claim) -> float:
@@ -128,6 +157,40 @@ def _certain(claim: Claim, runs: list[Run]) -> bool:
     stages = {claim.stage, "dense"} if claim.metric == "drop" else {claim.stage}
     losses = [[run.metrics[stage]["loss"] for run in runs] for stage in stages]
     return len(runs) > 1 and all(math.isclose(min(each), max(each), rel_tol=1e-6) for each in losses)
+
+
+def _parts(claim: Claim, columns: list[list[Run]]) -> Parts | None:
+    """The parts of the variance of what is claimed, in squared percent points; None where a record lacks bits of it."""
+    if claim.metric in METRICS:
+        found = _resampled(claim, columns)
+    else:
+        tables = [_table(claim, column) for column in columns]
+        whole = [table for table in tables if table is not None]
+        if len(whole) < len(tables) or len({table.shape for table in whole}) > 1 or whole[0].shape[1] < 2:
+            return None
+        found = crossed(whole[0] - sum(whole[1:]))
+    return found and Parts(1e4 * found.seeds, 1e4 * found.images, 1e4 * found.rest, found.size)
+
+
+def _table(claim: Claim, runs: list[Run]) -> Any:
+    """What each sample of each seed adds to the metric, as a share: [seeds, images]; None where it is not known."""
+    stages = [("dense", 1.0), (claim.stage, -1.0)] if claim.metric == "drop" else [(claim.stage, 1.0)]
+    bits = [[outcomes.right(run.outcomes, stage) for stage, _ in stages] for run in runs]
+    sizes = {None if each is None else len(each) for row in bits for each in row}
+    if None in sizes or len(sizes) > 1:
+        return None
+    signs = np.array([sign for _, sign in stages])[None, :, None]
+    return (np.array(bits) * signs).sum(1)
+
+
+def _resampled(claim: Claim, columns: list[list[Run]]) -> Parts | None:
+    """By drawing test sets again, for a metric that is no mean over samples."""
+    pairs = [[outcomes.said(run.outcomes, claim.stage) for run in column] for column in columns]
+    known = [pair for column in pairs for pair in column if pair is not None]
+    if len(known) < sum(map(len, pairs)) or any(not np.array_equal(labels, known[0][1]) for _, labels in known):
+        return None
+    said = [np.array([pair[0] for pair in column if pair is not None]) for column in pairs]
+    return resampled(claim.metric, known[0][1], *said)
 
 
 def _size(runs: list[Run]) -> int | None:

@@ -43,6 +43,8 @@ case = "hap"
 metric = "params_pruned"
 op = ">="
 value = 60
+over = "seeds"
+family = "sizes"
 """
 
 

@@ -295,6 +295,8 @@ case = "hap@70"
 metric = "accuracy"
 op = ">="
 value = 94
+over = "seeds"
+family = "paper"
 """
 
 

@@ -111,7 +111,7 @@ def test_all_images_are_trained_on_where_none_is_held_out(folder, untrained, mon
     assert learner.train_size == made.train_size == 50_000
     whole = data.cifar10()[0]
     shown = []
-    monkeypatch.setattr(cifar10, "measure", lambda model, call, images, normalise: shown.append(images) or {})
+    monkeypatch.setattr(cifar10, "measure", lambda model, call, images, normalise, **_: shown.append(images) or {})
     made.evaluate(made.model, "validation")
     assert torch.equal(shown[0].pixels, whole.pixels[45_000:])
     assert tiny(smoke=True, held_out=0).train_size == FAST["train"]
