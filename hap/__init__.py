@@ -1,4 +1,7 @@
-"""Hessian-aware pruning and neural implants: the method of the paper, and nothing that meets files or time.
+"""Hessian-aware pruning and neural implants [Yu22]: functions on models, which neither read or write files nor print.
+
+The examples in docstrings are run by the tests, after `import torch`, `from torch import nn`, `from hap import *` and
+the names of the function's own module.
 
 References, cited as [key] in the docstrings:
 
@@ -30,7 +33,7 @@ References, cited as [key] in the docstrings:
 [Zou08]        Zou, Donner. Construction of confidence limits about effect measures. Statistics in Medicine 27, 2008.
 [Mania19]      Mania, Miller, Schmidt, Hardt, Recht. Model similarity mitigates test set overuse. NeurIPS 2019.
 
-Names are resolved on first use, so that importing `hap` costs nothing and `hap --help` need not wait for torch.
+A name is imported on first use, so that `import hap` takes no time and `hap --help` does not wait for torch.
 """
 
 from importlib import import_module
@@ -40,7 +43,7 @@ __version__ = "0.1.0"
 
 
 class HapError(ValueError):
-    """A mistake of the user's: one line that names the thing, the rule and what was found."""
+    """A mistake of the user, in one line: the thing, the rule, and what was found instead."""
 
 
 _HOMES = {

@@ -1,4 +1,4 @@
-"""Who feeds whom: which rows of a model write which slots, and the groups that go together."""
+"""Which rows of a model feed which slots, and the groups of rows that share one fate."""
 
 from typing import TYPE_CHECKING
 
