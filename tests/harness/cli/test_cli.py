@@ -241,6 +241,7 @@ def strange(folder, *names, budget=0.5):
     return write_spec(folder, f"{head}{cases}[[claims]]{claims}".replace("[0, 1, 2]", "[0]"), "strange")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [True, False], ids=["of a terminal", "to the command alone"])
 def test_control_c_in_a_real_process(tmp_path, both):
     """A terminal sends the signal to the command and to its worker; finished records are kept, nothing else is left."""
