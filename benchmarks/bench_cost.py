@@ -6,10 +6,12 @@ each case; the seconds that the committed records took stand beside them.
     python benchmarks/bench_cost.py digits
 """
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import command
+import pytest
 
 from hap.harness.cli.bill import STAGES
 from hap.harness.cli.estimate import estimate
@@ -65,6 +67,15 @@ def table(found):
         lines.append(f"  {stage:38}{columns[0][stage]:10.2f}{columns[1][stage]:8.2f}{columns[2][stage]:11.2f}")
     sums = [sum(each.values()) for each in columns]
     return "\n".join([*lines, f"  {'all':38}{sums[0]:10.2f}{sums[1]:8.2f}{sums[2]:11.2f}"])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_estimate_beside_what_records_take(benchmark, name, capsys):
+    found = benchmark.pedantic(measure, (name, "BENCH_SMOKE" in os.environ), rounds=1, iterations=1)
+    benchmark.extra_info |= found
+    with capsys.disabled():  # the comparison is the point
+        print(table(found))
+    assert not broken(found)
 
 
 def main():
