@@ -3,7 +3,7 @@
 Each configuration runs in a process of its own, and prunes the cases of `digits` without fine-tuning. Twice: with dense
 networks that it trained itself, and with those that the first configuration trained. What only the former moves is the
 training, in which rounding grows; what the latter moves is scoring. No dense network of `digits` has a convolution
-that oneDNN computes wrongly: see hap/structure/narrow.py.
+that oneDNN computes wrongly: see hap/structure/kernels.py.
 
     python benchmarks/bench_machines.py --json machines.json      # about 5 minutes on two cores
 """
@@ -98,11 +98,12 @@ def main():
     parser.add_argument("--contiguous", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
-        return prune(args.threads, not args.contiguous, args.seeds)
-    found = measure(args.seeds)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(table(found)))
+        prune(args.threads, not args.contiguous, args.seeds)
+    else:
+        found = measure(args.seeds)
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
+        print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ from hap.hessian.exact import exact
 from hap.hessian.hooks import measuring, ordinary, refuse_unfinite, tracked
 from hap.hessian.hutchinson import hutchinson
 from hap.hessian.losses import Batches, Loss, refuse_loss
+from hap.reconstruction import How, in_streams, ranks
 from hap.structure.groups import Groups, describe_group
 from hap.structure.heads import slot_groups
 from hap.structure.layers import axis, evaluating, weight_of
 from hap.surgery.masking import silence
+from hap.updates import RIDGE
 
 Scores = Float[Tensor, "groups"]
 Pruned = Callable[[Tensor], Tensor]  # which groups the budget would prune by these scores
@@ -211,14 +213,90 @@ def uniform(
     A group of several layers counts in the first of them.
     """
     scores = magnitude(model, loss, batches, groups, rng=rng, order=order)
+    places = torch.zeros_like(scores)
+    for layer in _by_layer(groups):
+        places[layer] = (scores[layer].argsort().argsort() + 0.5).to(places) / len(layer)
+    return places
+
+
+def obs(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    groups: Groups,
+    *,
+    rng: torch.Generator,
+    allocation: str = "uniform",
+    ridge: float = RIDGE,
+    inner: bool = False,
+) -> Scores:
+    """Within a layer, the order in which channels cost least when the readers' other weights make up for them.
+
+    Greedy removal by the rise of the readers' squared error, their inverse covariances and weights brought up to date
+    after each [Hassibi93; Kurtic23]. How many go of each layer is the `allocation`'s: the same share of each, or as
+    many as the exact trace, or magnitude, would take. What no reader can make up for comes after all others; with
+    `inner` also the channels of residual streams.
+    """
+    return _reconstructing(model, loss, batches, groups, "removal", allocation, ridge, inner, rng)
+
+
+def cap(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    groups: Groups,
+    *,
+    rng: torch.Generator,
+    allocation: str = "uniform",
+    ridge: float = RIDGE,
+    inner: bool = False,
+) -> Scores:
+    """As `obs`, but channels are chosen to stay, one after another, by how much of the readers' outputs they explain.
+
+    The ranking of [Xie21]. # upstream: has no ridge, and skips a channel where a Cholesky factor fails.
+    """
+    return _reconstructing(model, loss, batches, groups, "selection", allocation, ridge, inner, rng)
+
+
+def _reconstructing(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    groups: Groups,
+    how: How,
+    allocation: str,
+    ridge: float,
+    inner: bool,
+    rng: torch.Generator,
+) -> Scores:
+    inputs = [inputs for inputs, _ in batches]
+    place = ranks(model, groups, inputs, loss.call, how=how, ridge=ridge)
+    if allocation == "uniform":
+        amounts = uniform(model, loss, batches, groups, rng=rng)
+    elif allocation == "trace":
+        amounts = hessian_trace(model, loss, batches, groups, rng=rng)
+    elif allocation == "magnitude":
+        amounts = magnitude(model, loss, batches, groups, rng=rng)
+    else:
+        raise HapError(f"obs: allocation 'uniform', 'trace' or 'magnitude' expected, found {allocation!r}")
+    scores = amounts.clone()
+    for layer in _by_layer(groups):
+        made_up = layer[place[layer] >= 0]
+        scores[made_up[place[made_up].argsort()]] = amounts[made_up].sort().values
+    last = (place < 0) | (inner & in_streams(groups))
+    if bool(last.any()) and not bool(last.all()):
+        scores[last] += scores.max() - amounts[last].min() + 1
+    return scores
+
+
+def _by_layer(groups: Groups) -> list[Tensor]:
+    """The groups of each layer; one of several layers is in the first of them."""
     row = torch.full((len(groups),), len(groups.row_group))
     of = groups.row_group
     row.scatter_reduce_(0, of[of >= 0], (of >= 0).nonzero()[:, 0], "amin")
-    ranks = torch.zeros_like(scores)
-    for s in groups.shapes.values():
-        layer = ((row >= s.first_row) & (row < s.first_row + s.rows)).nonzero()[:, 0]
-        ranks[layer] = (scores[layer].argsort().argsort() + 0.5).to(ranks) / max(1, len(layer))
-    return ranks
+    shapes = groups.shapes.values()
+    found = [((row >= s.first_row) & (row < s.first_row + s.rows)).nonzero()[:, 0] for s in shapes]
+    return [layer for layer in found if len(layer)]
 
 
 def _within_layers(groups: Groups, scores: Scores) -> Scores:

@@ -1,10 +1,12 @@
 """A fate per group from scores and a budget, with the cost of every plan computed exactly."""
 
+import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
+from fnmatch import fnmatchcase
 from math import floor
 from typing import Any, NamedTuple
 
@@ -13,8 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hap import HapError
+from hap.budget import ROUNDING
 from hap.budget import Budget as Budget
-from hap.structure.groups import Groups, describe_group
+from hap.structure.groups import Groups, Shape, describe_group
 from hap.structure.heads import around
 
 
@@ -39,11 +42,17 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The fate of every row, a letter each (`#` keep, `o` implant, `-` drop), by module, and what that removes."""
+    """The fate of every row, a letter each (`#` keep, `o` implant, `-` drop), by module, and what that removes.
+
+    `added`: parameters that the pruned model has beyond those that are left, by module: biases of an update, layers of
+    a method. `removed` does not know of them.
+    """
 
     rows: Mapping[str, str]
     removed: Mapping[str, float] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
+    added: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False)  # before and after, by unit
 
     @staticmethod
     def of(groups: Groups, fates: Int[Tensor, "groups"], budget: Mapping[str, Any] | None = None) -> "Plan":
@@ -56,7 +65,8 @@ class Plan:
         if "prunable" in (budget or {}):
             least = cost(groups, torch.full_like(fates, int(Fate.DROP))).params
             removed["prunable"] = (whole.params - left.params) / (whole.params - least)
-        return Plan(rows, removed, budget or {})
+        sizes = {"parameters": (whole.params, left.params), "MACs": (whole.macs, left.macs)}
+        return Plan(rows, removed, budget or {}, sizes=sizes)
 
     def fates(self, groups: Groups) -> Int[Tensor, "groups"]:
         """The fate of each group; HapError when the plan was made for other groups."""
@@ -79,9 +89,25 @@ class Plan:
         """Of the maps that stand in for implanted heads; None where implants are pointwise convolutions."""
         return self.budget.get("rank")
 
+    def __str__(self) -> str:
+        """What is left, as a table: sizes before and after where they are known, and each layer that loses rows."""
+        lines = [f"{'':14}{'before':>16}{'after':>16}{'left':>8}"] if self.sizes else []
+        for unit, (before, after) in self.sizes.items():
+            numbers = [f"{each:,d}" if isinstance(each, int) else f"{each:.4g}" for each in (before, after)]
+            lines.append(f"{unit:14}{numbers[0]:>16}{numbers[1]:>16}{after / max(before, 1e-300):8.1%}")
+        cut = {name: line for name, line in self.rows.items() if set(line) - {LETTER[Fate.KEEP]}}
+        lines.append(f"{len(cut)} of {len(self.rows)} layers lose rows" + ":" * bool(cut))
+        wide = max(map(len, cut), default=0)
+        for name, line in cut.items():
+            kept, implants = (line.count(LETTER[fate]) for fate in (Fate.KEEP, Fate.IMPLANT))
+            lines.append(f"  {name:{wide}} {kept:5} of {len(line):5}" + f", {implants} implants" * bool(implants))
+        lines += [f"  {name:{wide}} {count:5} parameters more" for name, count in self.added.items()]
+        return "\n".join(lines)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict, one line a module, so that two plans can be compared by eye."""
-        return {"budget": dict(self.budget), "removed": dict(self.removed), "rows": dict(self.rows)}
+        told = {"budget": dict(self.budget), "removed": dict(self.removed), "rows": dict(self.rows)}
+        return told | ({"added": dict(self.added)} if self.added else {})
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Plan":
@@ -89,7 +115,10 @@ class Plan:
         rows = data.get("rows")
         if not isinstance(rows, Mapping) or any(set(str(line)) - set(LETTER.values()) for line in rows.values()):
             raise HapError(f"plan: rows as a string of '#', 'o' and '-' for each module expected, found {rows!r:.80}")
-        return Plan(dict(rows), dict(data.get("removed", {})), dict(data.get("budget", {})))
+        parts = [dict(data.get(name, {})) for name in ("removed", "budget", "added")]
+        if any(not isinstance(n, int) or n < 0 for n in parts[2].values()):
+            raise HapError(f"plan: numbers of added parameters by module expected, found {parts[2]!r:.80}")
+        return Plan(dict(rows), *parts)
 
 
 def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Plan:
@@ -111,11 +140,6 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
         first = describe_group(groups, wrong[0])
         raise HapError(f"scores: finite numbers expected, found {len(wrong)} that are not, the first that of {first}")
     order, ends = _order(groups, scores, budget)
-    unit = "params" if budget.unit == "prunable" else budget.unit
-    whole, least = (
-        getattr(cost(groups, torch.full((len(groups),), int(fate))), unit) for fate in (Fate.KEEP, Fate.DROP)
-    )
-    whole -= least if budget.unit == "prunable" else 0
 
     def fates(pruned: int) -> Int[Tensor, "groups"]:
         found = torch.full((len(groups),), int(Fate.KEEP))
@@ -123,15 +147,28 @@ def plan(groups: Groups, scores: Float[Tensor, "groups"], budget: Budget) -> Pla
         found[order[:dropped]], found[order[dropped:pruned]] = int(Fate.DROP), int(Fate.IMPLANT)
         return found
 
+    pruned = ends[-1] if budget.ratios is not None else _enough(groups, budget, ends, fates)
+    return Plan.of(groups, fates(pruned), {k: v for k, v in asdict(budget).items() if v is not None})
+
+
+def _enough(groups: Groups, budget: Budget, ends: list[int], fates: Callable[[int], Tensor]) -> int:
+    """The least number of groups, among those that may go together, that meets the budget."""
+    unit = "params" if budget.unit == "prunable" else budget.unit
+    whole, least = (
+        getattr(cost(groups, torch.full((len(groups),), int(fate))), unit) for fate in (Fate.KEEP, Fate.DROP)
+    )
+    whole -= least if budget.unit == "prunable" else 0
+
     def removed(pruned: int) -> float:
         left = getattr(cost(groups, fates(pruned), budget.rank), unit) - (least if budget.unit == "prunable" else 0)
         return 1 - float(left / whole) + 1e-12 if whole else 0.0  # 1 - 0.9 is less than 0.1
 
     if (most := removed(ends[-1])) < budget.target:
-        limit = f"layer_limit and multiples of {budget.multiple}" if budget.multiple else "layer_limit"
+        limits = ["layer_limit"] + [name for name in ("only", "except_") if getattr(budget, name) is not None]
+        limits += [f"multiples of {budget.multiple}"] * bool(budget.multiple)
+        limit = " and ".join(limits)
         raise HapError(f"budget.{budget.unit}: {budget.target} cannot be removed, at most {most:.4f} within {limit}")
-    pruned = ends[bisect_left(ends, budget.target, key=removed)]
-    return Plan.of(groups, fates(pruned), {k: v for k, v in asdict(budget).items() if v is not None})
+    return ends[bisect_left(ends, budget.target, key=removed)]
 
 
 def dropped(groups: Groups, fates: Int[Tensor, "groups"], rank: int | None) -> Bool[Tensor, "groups"]:
@@ -179,13 +216,10 @@ def _order(groups: Groups, scores: Tensor, budget: Budget) -> tuple[list[int], l
 
     With a multiple a group waits until enough others go with it: those of highest score are still there at the end.
     """
-    need: list[Counter[str]] = [Counter() for _ in range(len(groups) + 1)]  # rows by layer; the last: of no group
-    left, room, waiting = Counter[str](), Counter[str](), defaultdict[str, list[int]](list)
-    for layer, s in groups.shapes.items():
-        least = 0 if budget.layer_limit == 1 and s.linear else 1
-        left[layer], room[layer] = s.rows, min(floor(budget.layer_limit * s.rows + 1e-9), s.rows - least)
-        for group in groups.row_group[s.rows_at].tolist():
-            need[group][layer] += 1
+    need = _need(groups)
+    free, room = _room(groups, need, budget)
+    left = Counter({layer: s.rows for layer, s in groups.shapes.items()})
+    waiting = defaultdict[str, list[int]](list)
 
     def lump(group: int) -> list[int]:
         """The group and others that wait, so many that each layer keeps a multiple; none while there are too few."""
@@ -204,7 +238,7 @@ def _order(groups: Groups, scores: Tensor, budget: Budget) -> tuple[list[int], l
 
     order, ends = list[int](), [0]
     for group in scores.argsort(stable=True).tolist():
-        if need[group] <= room:
+        if free[group] and need[group] <= room:
             room.subtract(need[group])
             for layer in need[group]:
                 waiting[layer].append(group)
@@ -215,3 +249,74 @@ def _order(groups: Groups, scores: Tensor, budget: Budget) -> tuple[list[int], l
             order += going
             ends += [len(order)] * bool(going)
     return order, ends
+
+
+def _need(groups: Groups) -> list[Counter[str]]:
+    """How many rows of each layer every group has."""
+    need: list[Counter[str]] = [Counter() for _ in range(len(groups) + 1)]  # the last: of no group
+    for layer, s in groups.shapes.items():
+        for group in groups.row_group[s.rows_at].tolist():
+            need[group][layer] += 1
+    return need[:-1]
+
+
+def _room(groups: Groups, need: list[Counter[str]], budget: Budget) -> tuple[list[bool], Counter[str]]:
+    """Whether each group may be pruned, and how many rows each layer may lose at most."""
+    room = Counter[str]()
+    for layer, s in groups.shapes.items():
+        least = 0 if budget.layer_limit == 1 and s.linear else 1
+        limit = budget.layer_limit if budget.ratios is None else 1.0
+        room[layer] = min(floor(limit * s.rows + 1e-9), s.rows - least)
+    # the rows of a depthwise layer have no choice: they go with what they read
+    bound = [[layer for layer in each if not _is_depthwise(groups.shapes[layer])] for each in need]
+    free = [True] * len(need)
+    if budget.only is not None:
+        chosen = {layer for _, layers in _matches(groups, budget.only, "only") for layer in layers}
+        free = [all(layer in chosen for layer in layers) for layers in bound]
+    if budget.except_ is not None:
+        spared = {layer for _, layers in _matches(groups, budget.except_, "except") for layer in layers}
+        free = [ok and not spared & each.keys() for ok, each in zip(free, need, strict=True)]
+    if budget.ratios is None:
+        return free, room
+    ratios = _by_layer(groups, budget.ratios)
+    free = [ok and _agreed(layers, ratios) for ok, layers in zip(free, bound, strict=True)]
+    for layer, ratio in ratios.items():
+        sizes = [each[layer] for each, ok in zip(need, free, strict=True) if ok and layer in each]
+        of = math.gcd(*sizes) or 1  # heads go whole
+        wanted = min(ROUNDING[budget.rounding or "ceil"](ratio * groups.shapes[layer].rows / of) * of, room[layer])
+        if sum(sizes) < wanted:
+            raise HapError(f"budget.ratios: {layer}: {wanted} rows to prune, found {sum(sizes)} that may be")
+        room[layer] = wanted
+    return free, room
+
+
+def _is_depthwise(shape: Shape) -> bool:
+    return shape.conv_groups == shape.slots > 1
+
+
+def _matches(groups: Groups, globs: Iterable[str], name: str) -> Iterator[tuple[str, list[str]]]:
+    """Each glob and the layers it names, of those that have rows in groups."""
+    able = [n for n, s in groups.shapes.items() if s.mixing and bool((groups.row_group[s.rows_at] >= 0).any())]
+    for glob in globs:
+        if not (found := [layer for layer in able if fnmatchcase(layer, glob)]):
+            raise HapError(f"budget.{name}: a glob of layers whose rows may be pruned expected, found {glob!r}")
+        yield glob, found
+
+
+def _by_layer(groups: Groups, ratios: Mapping[str, float]) -> dict[str, float]:
+    """The ratio of each layer that a glob names; HapError where two globs disagree."""
+    found = dict[str, float]()
+    for glob, layers in _matches(groups, ratios, "ratios"):
+        for layer in layers:
+            if found.setdefault(layer, ratios[glob]) != ratios[glob]:
+                raise HapError(f"budget.ratios: {layer}: one ratio expected, found {found[layer]} and {ratios[glob]}")
+    return found
+
+
+def _agreed(layers: list[str], ratios: Mapping[str, float]) -> bool:
+    """Whether the layers of a group have a ratio; HapError where they have not all the same."""
+    given = {ratios.get(layer): layer for layer in reversed(layers)}
+    if len(given) > 1:
+        found = " and ".join(f"{'none' if ratio is None else ratio} for {layer}" for ratio, layer in given.items())
+        raise HapError(f"budget.ratios: one ratio for layers whose rows go together expected, found {found}")
+    return None not in given

@@ -105,4 +105,4 @@ def test_functions_are_short():
 
 def test_the_core_is_small():
     """Lines with code: blank lines, comments, docstrings and the exports of rooms do not count."""
-    assert sum(len(code_lines(file)) for file in IN_CORE if file.name != "__init__.py") < 2800
+    assert sum(len(code_lines(file)) for file in IN_CORE if file.name != "__init__.py") < 4000

@@ -1,4 +1,4 @@
-"""Who feeds whom: which rows of a model write which slots, and the groups that go together."""
+"""Which rows of a model feed which slots, and the groups of rows that share one fate."""
 
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hap.structure.heads import around as around
     from hap.structure.heads import recount as recount
     from hap.structure.heads import slot_groups as slot_groups
+    from hap.structure.kernels import sound as sound
     from hap.structure.layers import Call as Call
     from hap.structure.layers import axis as axis
     from hap.structure.layers import batched as batched
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from hap.structure.layers import uncompiled as uncompiled
     from hap.structure.layers import weight_of as weight_of
     from hap.structure.layers import widths as widths
-    from hap.structure.narrow import sound as sound
     from hap.structure.tracing import trace as trace
 else:
     from hap._lazy import lazily

@@ -3,23 +3,25 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from hap import HapError
-from hap.plan import Fate, Plan, by_row, dropped
-from hap.structure.groups import Gone, Groups, components
+from hap.hessian.losses import Loss
+from hap.plan import Plan
+from hap.structure.groups import Gone, Groups
 from hap.structure.heads import recount
-from hap.structure.layers import Call, axis, evaluating, first_tensor, forward
+from hap.structure.layers import Call, axis, evaluating, first_tensor, forward, is_mixing
+from hap.surgery.cut import Cut, cuts, gone, norm_behind
+from hap.surgery.cut import replace as replace
+from hap.surgery.cut import resize as resize
 from hap.surgery.head_implants import bridge
 from hap.surgery.masking import silence
 from hap.surgery.patch import Patch
+from hap.surgery.refit import MEMORY, Update, refit
 
 
 @dataclass(frozen=True)
@@ -36,36 +38,30 @@ Implant = Callable[[nn.Module, Tensor, Any], nn.Module]  # the last: Inputs, or 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-class Cut(NamedTuple):
-    """What becomes of one module; indices into its own rows and slots."""
-
-    kept: Int[Tensor, "kept"]  # rows computed as before
-    implanted: Int[Tensor, "implanted"]
-    written: Bool[Tensor, "rows"]  # rows that are there to be read, computed or zero
-    slots: Int[Tensor, "slots_kept"]
-    given: Bool[Tensor, "slots"]  # slots that are there to be read
-
-
 @torch.inference_mode(mode=False)
 def apply(
     model: nn.Module,
     groups: Groups,
     plan: Plan,
     implant: Implant | None = None,
+    update: Update | None = None,
     *,
     batches: Iterable[Any] = (),
     call: Call = forward,
+    loss: Loss | None = None,
+    memory: int = MEMORY,
 ) -> nn.Module:
-    """A copy of the model without what the plan drops, and with implants where it says so.
+    """A copy of the model without what the plan drops, with implants where it says so, its weights updated if asked.
 
-    `batches`: calibration inputs, as `call` takes them and without targets, for implants that look at them. Where the
+    `batches`: calibration inputs, as `call` takes them and without targets, for implants and updates that look at them.
+    `loss`: for an update that asks how it curves. `memory`: bytes that passes held for an update may take. Where the
     coupling leaves a dropped row's slot alive, a `Patch` writes zeros; a BatchNorm that only dropped rows feed is
     narrowed with them. Raises HapError for a plan of other groups, and for a layer that loses all it has.
     """
-    cuts, batches = _cuts(groups, plan), list(batches)
+    found, batches = cuts(groups, plan), list(batches)
     small = _copied(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for name, cut in cuts.items():
+    for name, cut in found.items():
         module = small.get_submodule(name)
         if not isinstance(module, nn.Linear) and not (len(cut.kept) + len(cut.implanted) and len(cut.slots)):
             raise HapError(f"{name}: a {type(module).__name__} must keep a row and an input, found none in the plan")
@@ -75,22 +71,34 @@ def apply(
                 raise HapError(f"{name}: the plan has implants, so apply() needs an implant, found none")
             inputs = _inputs(model, groups, name, cut, batches, call)
             made = implant(model.get_submodule(name), cut.implanted, inputs)
-            parts.append(_absorb(small, groups, cuts, name, made))
+            parts.append(_absorb(small, groups, found, name, made))
         replace(small, module, _patched(module, cut, parts, device).train(module.training))
-    recount(small, model, groups.feeds, {name: len(cut.kept) + len(cut.implanted) for name, cut in cuts.items()})
+    recount(small, model, groups.feeds, {name: len(cut.kept) + len(cut.implanted) for name, cut in found.items()})
     if plan.rank is not None:
         if implant is None:
             raise HapError("the plan has implants of heads, so apply() needs an implant, found none")
         bridge(small, model, groups, plan, implant, batches, call)
+    if update is not None:
+        refit(small, model, groups, found, update, batches, call, loss=loss, memory=memory)
     return small
+
+
+def added(model: nn.Module, small: nn.Module) -> dict[str, int]:
+    """The biases that an update has given to layers of `small` that have none in the dense model, by layer."""
+    found = {}
+    for name, module in model.named_modules():
+        if is_mixing(module) and module.bias is None:
+            own = small.get_submodule(name).named_parameters()
+            found[name] = sum(p.numel() for key, p in own if key.rpartition(".")[2] == "bias")
+    return {name: count for name, count in found.items() if count}
 
 
 @torch.inference_mode(mode=False)
 def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
     """A copy of the same size that computes what `apply` with zero implants computes: the oracle of the tests."""
-    gone, implanted = _gone(groups, plan)
+    away, implanted = gone(groups, plan)
     masked = _copied(model)
-    silence(masked, groups, Gone(gone.rows | implanted, gone.slots))
+    silence(masked, groups, Gone(away.rows | implanted, away.slots))
     return masked
 
 
@@ -101,59 +109,6 @@ def _copied(model: Layer) -> Layer:
         says = (str(error).strip().splitlines() or [type(error).__name__])[0]
         do = "take off what wraps it, or drop what is no parameter and no buffer"
         raise HapError(f"apply: {type(model).__name__} cannot be copied ({says}); {do}") from error
-
-
-def resize(module: Layer, rows: Tensor, slots: Tensor) -> Layer:
-    """Keep only these rows and slots of a convolution, linear or channelwise layer, in place and in its format."""
-    for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        if value.dim() == 0:
-            continue  # num_batches_tracked
-        cut = value.detach().index_select(0, rows.to(value.device))
-        if value.dim() > 1 and getattr(module, "groups", 1) == 1:
-            cut = cut.index_select(1, slots.to(value.device))
-        if value.dim() == 4 and not value.is_contiguous():
-            cut = cut.contiguous(memory_format=torch.channels_last)
-        trained = isinstance(value, nn.Parameter)
-        setattr(module, name, nn.Parameter(cut, requires_grad=value.requires_grad) if trained else cut)
-    if isinstance(module, _ConvNd):  # of a grouped one whole groups go
-        module.groups = max(1, len(slots) * module.groups // module.in_channels)
-    wide = {
-        "out_features": rows,
-        "out_channels": rows,
-        "num_features": rows,
-        "in_features": slots,
-        "in_channels": slots,
-    }
-    for name in wide.keys() & vars(module).keys():
-        setattr(module, name, len(wide[name]))
-    return module
-
-
-def _gone(groups: Groups, plan: Plan) -> tuple[Gone, Tensor]:
-    fates = plan.fates(groups)
-    gone = groups.gone(dropped(groups, fates, plan.rank))
-    able = torch.cat([torch.full((s.rows,), s.implantable) for s in groups.shapes.values()])
-    return gone, (by_row(groups, fates) == Fate.IMPLANT) & able & ~gone.rows
-
-
-def _cuts(groups: Groups, plan: Plan) -> dict[str, Cut]:
-    """Rows and slots that share a wire (a position of some tensor) are there as long as one of them is alive."""
-    gone, implanted = _gone(groups, plan)
-    n = len(gone.rows)
-    wire = components(n + len(gone.slots), groups.feeds.edges[0], groups.feeds.edges[1] + n)
-    alive = torch.zeros(n + len(gone.slots), dtype=torch.bool)
-    alive[wire[~torch.cat([gone.rows, gone.slots])]] = True
-    alive[wire[n:][groups.feeds.padded_slots]] = True
-    there = alive[wire]
-    cuts = {}
-    for name, s in groups.shapes.items():
-        rows, slots = s.rows_at, s.slots_at
-        kept = (~gone.rows[rows] & ~implanted[rows]).nonzero()[:, 0]
-        read = (~gone.slots[slots]).nonzero()[:, 0]
-        cut = Cut(kept, implanted[rows].nonzero()[:, 0], there[:n][rows], read, there[n:][slots])
-        if len(kept) < s.rows or len(cut.slots) < s.slots:
-            cuts[name] = cut
-    return cuts
 
 
 def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module], device: torch.device) -> nn.Module:
@@ -170,14 +125,10 @@ def _absorb(small: nn.Module, groups: Groups, cuts: dict[str, Cut], name: str, i
     bias = getattr(implant, "bias", None)
     if not isinstance(bias, Tensor) or groups.shapes[name].extras:
         return implant
-    norm_name, slots = groups.norm_behind(name, cuts[name].implanted)
-    norm = small.get_submodule(norm_name)
-    norm = norm.parts[0] if isinstance(norm, Patch) else norm
-    if not isinstance(norm, _BatchNorm | _InstanceNorm) or norm.running_mean is None:
+    if (found := norm_behind(small, groups, cuts, name, cuts[name].implanted)) is None:
         raise HapError(f"{name}: an implant without a bias expected, for neither it nor a BatchNorm behind it has one")
-    # the norm may have been narrowed already: the order of modules in a model is not the order of the data
-    if norm_name in cuts and norm.num_features == len(cuts[norm_name].kept):
-        slots = torch.searchsorted(cuts[norm_name].kept, slots)
+    norm, slots = found
+    assert norm.running_mean is not None
     with torch.no_grad():
         norm.running_mean[slots] -= bias.detach()
     implant.register_parameter("bias", None)
@@ -201,10 +152,3 @@ def _inputs(model: nn.Module, groups: Groups, name: str, cut: Cut, batches: Iter
                 held.clear()
 
     return Inputs(seen, cut.slots, tracked or getattr(module, "bias", None) is not None)
-
-
-def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put one module in another's place, under each of its names."""
-    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from hap import HapError
-from hap.harness.cli import commands, planning
+from hap.harness.cli import commands, compare, planning
 from hap.harness.cli.terminal import FOLDER, Context, Names, Results, executing, near, out, paths, results_of, say, told
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def doctor_machine(results: Results = None) -> None:
 
 app.command("power")(told(planning.power))
 app.command("nightly")(told(commands.nightly))
-app.command("compare")(told(commands.compare))
+app.command("compare")(told(compare.compare))
 
 
 @contextmanager

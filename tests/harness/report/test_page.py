@@ -103,6 +103,9 @@ def test_the_environment_is_that_of_the_records(tmp_path):
     for told in ("cifar10 (UNOFFICIAL copy), sha256 2222", "NVIDIA &lt;H100&gt;, 4 threads", "0123456789 with changes"):
         assert told in row
     assert "python 3.12.1, torch 2.11, numpy 2.0" in row
+    machine = {"processor": "EPYC", "instructions": "AVX2", "driver": "580.1", "cuda": "13.2", "cudnn": "92600"}
+    text = written(tmp_path, made(tmp_path, environment={**where, "machine": machine}, data=copy, code=code))
+    assert "NVIDIA &lt;H100&gt;, EPYC, driver 580.1, cuda 13.2, cudnn 92600, 4 threads" in text
     assert '<td class="number">15</td>' in row
 
 

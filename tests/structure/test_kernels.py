@@ -27,7 +27,7 @@ from hap.hessian.losses import CrossEntropy
 from hap.methods import hessian_trace, random, taylor
 from hap.plan import plan
 from hap.structure.groups import couple
-from hap.structure.narrow import sound
+from hap.structure.kernels import sound
 from hap.structure.tracing import trace
 from hap.surgery.apply import apply
 
@@ -176,7 +176,7 @@ def test_a_model_without_such_a_kernel_stays_as_it_is():
 
 SCRIPT = """
 import copy, torch
-from test_narrow import NETS, SCORES, close, pruned, scored, trained
+from test_kernels import NETS, SCORES, close, pruned, scored, trained
 for name in NETS:
     torch.manual_seed(0)
     model = NETS[name]()

@@ -1,0 +1,72 @@
+"""All of it in one call, with defaults that need no labels: trace, rank, plan, apply, update, check."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from hap import HapError
+from hap.cost import latency, macs, params
+from hap.hessian.losses import CrossEntropy, Loss
+from hap.methods import obs
+from hap.plan import Budget, Plan, plan
+from hap.structure.groups import couple
+from hap.structure.layers import Call, batched, forward
+from hap.structure.tracing import trace
+from hap.surgery.apply import added, apply
+from hap.surgery.refit import Update
+from hap.testing import check_groups
+from hap.updates import least_squares
+
+
+class Pruned(NamedTuple):
+    """The smaller model, and the plan it was made by; `print(plan)` tells what it costs and where it was cut."""
+
+    model: nn.Module
+    plan: Plan
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    budget: Budget | float,
+    *,
+    loss: Loss | None = None,
+    update: Update | None = least_squares,
+    call: Call = forward,
+    opaque: tuple[str, ...] = (),
+    rng: torch.Generator | None = None,
+) -> Pruned:
+    """A copy of the model that is smaller by the budget, its weights made up for what is gone; no training.
+
+    `batches`: a few hundred samples like those of training, each batch what the model's forward takes: a tensor, a
+    tuple of positional arguments or a dict of keywords. `budget`: a number is a share of the parameters. `loss`: then
+    batches are pairs (inputs, targets), inputs are as `loss.call` takes them, and the exact curvature decides how much
+    goes of each layer, where else all lose the same share. `opaque`: modules to leave whole. `rng`: for what is drawn,
+    seeded with 0 by default. Channels that a single layer reads, as inside residual blocks, go before those of a
+    residual stream. HapError where the model cannot be traced, or surgery on it is not what masking is.
+    """
+    batches = list(batches)
+    if not batches:
+        raise HapError("prune: calibration batches expected, found none")
+    call = call if loss is None else loss.call
+    inputs = batches if loss is None else [each for each, _ in batches]
+    pairs = [(each, None) for each in inputs] if loss is None else batches
+    example = tree_map(lambda leaf: leaf[:1] if batched(leaf) else leaf, inputs[0])
+    groups = couple(model, trace(model, example, call=call, opaque=opaque))
+    check_groups(model, example, groups, call=call, trials=2)
+    scores = obs(
+        model, loss or CrossEntropy(call), pairs, groups, rng=rng or torch.Generator().manual_seed(0),
+        allocation="uniform" if loss is None else "trace", inner=True,
+    )  # fmt: skip
+    chosen = plan(groups, scores, Budget(params=budget) if isinstance(budget, float) else budget)
+    small = apply(model, groups, chosen, None, update, batches=inputs, call=call, loss=loss)
+    sizes = {
+        "parameters": (params(model), params(small)),
+        "MACs": (macs(model, example, call=call), macs(small, example, call=call)),
+        "seconds": tuple(latency(each, example, (1,), call=call)[1] for each in (model, small)),
+    }
+    return Pruned(small, replace(chosen, added=added(model, small), sizes=sizes))
