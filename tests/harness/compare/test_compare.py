@@ -453,6 +453,7 @@ def test_bad_input_is_one_line(folder, unchecked, arguments, says):
     assert told.stderr.startswith(f"hap: {says}"), told.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "says"),
     [

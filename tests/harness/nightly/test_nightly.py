@@ -175,6 +175,7 @@ def test_what_breaks_does_not_stop_the_night(made_up, monkeypatch):
     assert "BROKE: ZeroDivisionError" in (made_up / "s.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_record_that_ends_its_process_does_not_end_the_night(folder):
     """The real command, its records in a process of their own, which dies with some."""
     case = '[cases.aborts]\nlike = "hap"\nscore = "strangers:aborts"\n\n[[claims]]'
