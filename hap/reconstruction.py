@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hap import HapError
 from hap.hessian.persample import is_known
@@ -104,7 +105,11 @@ def ranks(
     batches = list(batches)
     for names in _portions(model, members, memory):
         moments = _moments(model, names, batches, call)
-        sweeps = [s for name in names for s in _sweeps(name, members[name], moments.pop(name), how, ridge)]
+        sweeps = [
+            s
+            for name in names
+            for s in _sweeps(name, members[name], moments.pop(name), how, ridge, _behind(model, groups, name))
+        ]
         for each in _together(sweeps, len(groups)):
             own = sorted({group for sweep in each for group in sweep.members.tolist()})
             for place, group in enumerate(order(each, own, how)):
@@ -220,13 +225,23 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     return [resize(copy.deepcopy(module), torch.arange(len(weight)), piece) for piece in pieces]
 
 
-def _sweeps(name: str, of: Tensor, sums: list[Sums], how: How, ridge: float) -> list[Sweep]:
+def _behind(model: nn.Module, groups: Groups, name: str) -> Float[Tensor, "rows"]:
+    """By what a BatchNorm right behind a layer multiplies its rows, and so what is lost of them; else 1."""
+    rows = groups.shapes[name].rows
+    norm = model.get_submodule(groups.norm_behind(name, torch.arange(rows))[0])
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        return torch.ones(rows)
+    return (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight.detach())
+
+
+def _sweeps(name: str, of: Tensor, sums: list[Sums], how: How, ridge: float, behind: Tensor) -> list[Sweep]:
     """What is swept of a reader: each group of a grouped convolution, each part of one too wide."""
     at, found, whole = 0, list[Sweep](), 0.0
     for each in sums:
         moments, weight = each.result(), each.module.get_parameter("weight").detach()
         ridged = moments.ridged(ridge)
         rows = weight.reshape(len(ridged), -1, ridged.shape[-1]).to(ridged)
+        rows = rows * behind.to(rows).reshape(len(ridged), -1, 1)
         for s, w in zip(ridged, rows, strict=True):
             slots = of[at : (at := at + weight.shape[1])]
             whole += float(((w @ s) * w).sum())

@@ -144,6 +144,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_on_heads_of_the_readme_runs_and_saves(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "bert.py").write_text(_block(LIBRARY, "bert.py"))

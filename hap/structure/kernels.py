@@ -69,8 +69,9 @@ class Convolution(NamedTuple):
 
 def is_narrow(weight: object) -> bool:
     """Whether it can be the weight of a faulty convolution: 1x1, 1- or 2-dimensional, with few input channels."""
-    known = isinstance(weight, Tensor) and weight.dim() in (3, 4)
-    return known and weight.shape[1] < NARROW and weight.shape[2:].numel() == 1
+    if not isinstance(weight, Tensor) or weight.dim() not in (3, 4):
+        return False
+    return weight.shape[1] < NARROW and weight.shape[2:].numel() == 1
 
 
 @contextmanager
@@ -118,7 +119,8 @@ class _Around(TorchFunctionMode):
         if func in (torch.conv1d, torch.conv2d):
             called = Convolution(*args, **(kwargs or {}))
             if called.faulty:
-                pixels = called.input[(..., *(slice(None, None, step) for step in called.steps))]
+                read: list[Any] = [slice(None, None, step) for step in called.steps]
+                pixels = called.input[(..., *read)]
                 return func(pixels, called.weight, called.bias)
         if func is F.adaptive_avg_pool2d and args[0].device.type == "cuda":
             return pooled(*args, **(kwargs or {}))

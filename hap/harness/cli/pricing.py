@@ -36,6 +36,11 @@ SMALL = 4e10  # FLOPs of the forward pass of a step on a CPU
 
 def steps_of(model: nn.Module, task: Task, recipe: Recipe, rng: torch.Generator) -> Price:
     """The training of a recipe, by a few of its steps: data, forward, backward and optimiser."""
+    with sound(model):
+        return _steps(model, task, recipe, rng)
+
+
+def _steps(model: nn.Module, task: Task, recipe: Recipe, rng: torch.Generator) -> Price:
     before, plain = snapshot(model), replace(recipe, compile=False)
     here = recipe if next(model.parameters()).device.type == "cuda" else plain  # on a CPU it takes minutes to compile
     size, moved = recipe.micro_batch or recipe.batch_size, optimiser(model, recipe)
@@ -43,7 +48,7 @@ def steps_of(model: nn.Module, task: Task, recipe: Recipe, rng: torch.Generator)
     source = task.train(recipe.batch_size, rng)
     first = next(source)
     inputs, targets, share = _cut(task, *_part(task, first))
-    with FlopCounterMode(display=False) as counter, sound(model):  # which does not see into what is compiled
+    with FlopCounterMode(display=False) as counter:  # which does not see into what is compiled
         Stepper(model, task, plain, size)(inputs, targets)
     step = Stepper(model, task, here, size)
 

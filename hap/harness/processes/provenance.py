@@ -51,11 +51,12 @@ def _machine(device: "torch.device") -> dict[str, str]:
     found |= {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
     if device.type != "cuda":
         return found
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found | {
         "driver": (driver or "unknown").splitlines()[0],  # a line for each GPU
         "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
+        "cudnn": str(cudnn),
     }
 
 

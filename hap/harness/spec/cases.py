@@ -132,8 +132,9 @@ def _inherit(name: str, cases: Mapping[str, CaseTable], heirs: tuple[str, ...] =
 
 
 def few(ref: Ref) -> tuple[float, Ref]:
-    """A function with few probes, and how many times as many it has."""
-    probes = {**_options(ref), **ref.options}.get("probes")
+    """A function with few probes, and how many times as many it has; an exact curvature draws none."""
+    options = {**_options(ref), **ref.options}
+    probes = None if options.get("curvature") == "exact" else options.get("probes")
     if not isinstance(probes, int) or probes <= SMOKE_PROBES:
         return 1.0, ref
     return probes / SMOKE_PROBES, ref.model_copy(update={"options": {**ref.options, "probes": SMOKE_PROBES}})

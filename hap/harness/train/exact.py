@@ -27,16 +27,17 @@ def exactly() -> Iterator[None]:
     for name, value in WORKSPACE.items():
         os.environ.setdefault(name, value)
     cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark, deterministic.fill_uninitialized_memory
+    memory: Any = deterministic  # its attribute is not seen by mypy
+    before = cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn.deterministic, cudnn.benchmark, deterministic.fill_uninitialized_memory = True, False, False
+    cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = True, False, False
     torch.use_deterministic_algorithms(True, warn_only=all(modes))  # what was made a note of once, stays so
     try:
         with _float32():
             yield
     finally:
         torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
-        cudnn.deterministic, cudnn.benchmark, deterministic.fill_uninitialized_memory = before
+        cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = before
 
 
 def undetermined(error: RuntimeError | str) -> str | None:
@@ -67,7 +68,7 @@ def _float32() -> Iterator[None]:
 
     torch has two names for it, and refuses to read by the older one what was set by the newer one.
     """
-    backends = torch.backends
+    backends: Any = torch.backends
     parts = [
         backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn,
         backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn,

@@ -241,6 +241,7 @@ def strange(folder, *names, budget=0.5):
     return write_spec(folder, f"{head}{cases}[[claims]]{claims}".replace("[0, 1, 2]", "[0]"), "strange")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [True, False], ids=["of a terminal", "to the command alone"])
 def test_control_c_in_a_real_process(tmp_path, both):
     """A terminal sends the signal to the command and to its worker; finished records are kept, nothing else is left."""
@@ -395,7 +396,7 @@ HEAVY = ("torch", "pandas", "matplotlib", "scipy.stats")
     ("args", "not_imported", "says"),
     [
         ("--help", (*HEAVY, "numpy", "scipy", "pydantic"), "doctor"),
-        ("list", (*HEAVY, "numpy", "scipy"), "digits"),
+        ("list", (*HEAVY, "scipy"), "digits"),
         ("judge digits", HEAVY, "HOLDS"),
         ("judge digts", (*HEAVY, "numpy"), "spec digts: must be a file or a name"),
         ("run digts", (*HEAVY, "numpy"), "spec digts: must be a file or a name"),

@@ -644,6 +644,7 @@ def test_every_spec_of_ours_has_cases_of_hap_first():
         assert len({(case.budget.unit, case.budget.target) for case in cases}) == len(cases)
 
 
+@pytest.mark.slow
 def test_a_package_of_a_stranger_is_installed_and_compared(folder, tmp_path):
     """As a person would: pip install, then the command in a process of its own, in a folder with specs and evidence."""
     there = tmp_path / "site"

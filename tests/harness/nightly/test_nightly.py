@@ -66,6 +66,7 @@ def hap(*args):
     return CliRunner().invoke(cli.app, args, obj=InProcess())
 
 
+@pytest.mark.slow
 def test_a_scorer_with_a_sign_error_is_found_by_the_real_command(folder, monkeypatch):
     """Five nights of real runs: trained, traced, scored, pruned and tested with seeds of their own."""
     write_spec(folder, tiny.SPEC.replace("[0.5, 0.7]", "[0.5]"), "tiny")
@@ -362,6 +363,7 @@ def test_a_folder_without_benchmarks_says_so(tmp_path):
         speed.works(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_works_of_this_checkout_are_those_of_its_benchmarks(monkeypatch):
     """The cheapest of them is done once; all of them are timed by a night."""
     found = speed.works(ROOT)

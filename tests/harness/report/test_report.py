@@ -174,6 +174,7 @@ report.write([Path(sys.argv[1])], Path(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_equal_evidence_gives_equal_bytes_in_two_processes(tmp_path, saved):
     """Two interpreters with other hashes and another matplotlibrc, which has no say."""
     shutil.copytree(ROOT / "paper_figs", tmp_path / "paper_figs")

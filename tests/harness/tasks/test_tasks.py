@@ -173,6 +173,7 @@ def test_the_pretrained_resnet20_has_its_published_accuracy(cifar):
     assert task.data.official == ("unofficial" not in task.data.note)
 
 
+@pytest.mark.slow
 def test_the_pretrained_resnet32_has_its_published_accuracy(cifar):
     task = cifar10_resnet32.task(0)
     assert task.name == "cifar10_resnet32"
@@ -180,6 +181,7 @@ def test_the_pretrained_resnet32_has_its_published_accuracy(cifar):
     assert "resnet32-d509ac18.th sha256 d509ac18" in task.data.note
 
 
+@pytest.mark.slow
 def test_the_pretrained_resnet56_has_its_published_accuracy(cifar):
     task = cifar10_resnet56.task(0)
     assert task.name == "cifar10_resnet56"
