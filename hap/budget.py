@@ -1,4 +1,4 @@
-"""How much to remove: shares of the network, or of each layer; needs no torch, so that specs are read without it."""
+"""How much to remove: a share of the network, or of each layer; needs no torch, so that specs are read without it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,22 @@ ROUNDING = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to remove, exactly one of: a fraction of the groups, the parameters or the MACs, or shares by layer.
+    """How much to remove: exactly one of `params`, `macs`, `groups`, `prunable` and `ratios`. HapError for any other.
 
-    `prunable`: of those parameters that go when all groups do, so that 0.6 of attention heads is 0.6 of their weights.
-    `ratios`: the share of its rows that each layer loses, by globs over the names of modules (`*` is any text, dots
-    too); a layer that no glob names loses none. Times the rows it is rounded by `rounding`: "ceil" (the default, as
-    GReg does), "floor" or "nearest"; one row always stays, and `layer_limit` is not asked.
-    `only`, `except_` (in a spec `except`): globs over the layers that may, and those that may not, be pruned.
+    `params`, `macs`, `groups`: the fraction, 0 to 1, of the parameters, MACs or groups to remove. `prunable`: the
+    fraction of those parameters that all groups together hold: 0.6 of attention heads is 0.6 of their weights.
+    `ratios`: glob over names of modules (`*` matches any text, dots too) -> the share of rows that these layers lose; a
+    layer that no glob matches loses none. Its number of rows is rounded by `rounding`: "ceil" (default, as GReg does),
+    "floor" or "nearest"; one row always stays, and `layer_limit` does not apply.
+    `only`, `except_` (in a spec `except`): globs for the layers that may, or may not, be pruned.
     `implant`: the share of the pruned groups, those of highest score, that become implants ([HAP-code]: ni_ratio).
-    `rank`: of the map that stands in for an implanted head, whose parameters count; 0 is its mean alone, which is free.
-    `layer_limit`: the largest fraction of a layer's rows that may be pruned; one row always stays, but of linear layers
-    where it is 1. `multiple`: channels kept per layer are rounded up to a multiple of this, so that kernels are full;
-    groups of highest score come back.
+    `rank`: rank of the map that replaces an implanted head; its parameters count. 0 is the mean alone, which is free.
+    `layer_limit`: the largest fraction of a layer's rows that may be pruned. One row always stays, except in linear
+    layers where the limit is 1. `multiple`: the number of channels kept in a layer is rounded up to a multiple of this,
+    for speed; the groups of highest score are kept in addition.
+
+    >>> Budget(params=0.5, implant=0.1).target
+    0.5
     """
 
     params: float | None = None
@@ -45,7 +49,7 @@ class Budget:
     except_: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a budget that no plan can meet."""
+        """HapError for a budget that no plan can meet."""
         if len(given := [unit for unit in UNITS if getattr(self, unit) is not None]) != 1:
             raise HapError(f"budget: exactly one of {', '.join(UNITS)} expected, found {sorted(given) or 'none'}")
         if self.ratios is None and not 0 < self.target < 1:
@@ -77,12 +81,12 @@ class Budget:
 
     @property
     def unit(self) -> str:
-        """What is counted: params, macs, groups, prunable or ratios."""
+        """The field that is set: params, macs, groups, prunable or ratios."""
         return next(unit for unit in UNITS if getattr(self, unit) is not None)
 
     @property
     def target(self) -> float:
-        """The fraction of it to remove; of ratios the largest."""
+        """The fraction to remove; for ratios the largest of them."""
         return float(getattr(self, self.unit)) if self.ratios is None else max(self.ratios.values(), default=0.0)
 
 

@@ -1,4 +1,4 @@
-"""All of it in one call, with defaults that need no labels: trace, rank, plan, apply, update, check."""
+"""Trace, score, plan, apply, update and check in one call, with defaults that need no labels."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -23,7 +23,7 @@ from hap.updates import least_squares
 
 
 class Pruned(NamedTuple):
-    """The smaller model, and the plan it was made by; `print(plan)` tells what it costs and where it was cut."""
+    """The smaller model and its plan; `print(plan)` shows the cost and the layers that lost rows."""
 
     model: nn.Module
     plan: Plan
@@ -40,14 +40,21 @@ def prune(
     opaque: tuple[str, ...] = (),
     rng: torch.Generator | None = None,
 ) -> Pruned:
-    """A copy of the model that is smaller by the budget, its weights made up for what is gone; no training.
+    """A smaller copy of the model, whose remaining weights compensate for those removed; without training.
 
-    `batches`: a few hundred samples like those of training, each batch what the model's forward takes: a tensor, a
-    tuple of positional arguments or a dict of keywords. `budget`: a number is a share of the parameters. `loss`: then
-    batches are pairs (inputs, targets), inputs are as `loss.call` takes them, and the exact curvature decides how much
-    goes of each layer, where else all lose the same share. `opaque`: modules to leave whole. `rng`: for what is drawn,
-    seeded with 0 by default. Channels that a single layer reads, as inside residual blocks, go before those of a
-    residual stream. HapError where the model cannot be traced, or surgery on it is not what masking is.
+    `batches`: a few hundred samples like those of training; a batch is the input of the model: a tensor, a tuple of
+    positional arguments or a dict of keywords. `budget`: a Budget, or the share of the parameters to remove. `loss`: if
+    given, batches are pairs (inputs, targets), with inputs as `loss.call` takes them, and the exact curvature decides
+    how much of each layer is removed; else all layers lose the same share. `update`: new weights for layers that lost
+    inputs, None for none. `call(model, batch)`: the output. `opaque`: modules to leave whole. `rng`: draws random
+    numbers, by default seeded with 0. Channels that a single layer reads, as inside residual blocks, are removed before
+    those of a residual stream. HapError without batches, where the model cannot be traced, or the pruned model does not
+    compute what the masked one does.
+
+    >>> model, rng = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2)), torch.Generator().manual_seed(0)
+    >>> small = prune(model, [torch.rand(200, 8, generator=rng)], 0.5).model
+    >>> small[0].out_features  # of 32; the bias of the output stays
+    15
     """
     batches = list(batches)
     if not batches:

@@ -1,10 +1,10 @@
-"""What happens to the weights that stay: an update makes those of a layer that has lost some of what it read.
+"""Updates: new weights for the layers that stay but have lost some of their inputs.
 
-An update is a plain function `(reader, kept, moments) -> weight, bias`. `reader` is the layer as surgery left it, with
-the old weights of its rows and slots; `kept` are those of its former slots that it still reads; `moments` are those of
-what it reads now, in the pruned model, and of what it should write. The weight has the shape of the reader's, the bias
-a number a row. One that takes `weighted` is given there the moments in which each position counts by the curvature of
-the loss in what the reader writes.
+An update is a plain function `(reader, kept, moments) -> weight, bias`. `reader`: the layer after surgery, with the old
+weights of the rows and slots that remain; `kept`: indices of these slots in the dense layer; `moments`: of its inputs
+in the pruned model and of its wanted outputs. `weight` has the shape of the reader's, `bias` one number for each row.
+An update with the argument `weighted` also gets the moments in which positions are weighted by the curvature of the
+loss with respect to the reader's output.
 """
 
 from typing import NamedTuple
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from hap import HapError
 from hap.surgery.moments import Moments
 
-RIDGE = 1e-3  # by the mean variance of what is read
+RIDGE = 1e-3  # in units of the mean variance of the inputs
 
 
 class Updated(NamedTuple):
-    """What an update gives."""
+    """New weight and bias of a layer."""
 
     weight: Tensor
     bias: Float[Tensor, "rows"]
 
 
 def least_squares(reader: nn.Module, kept: Tensor, moments: Moments, *, ridge: float = RIDGE) -> Updated:
-    """The weights of least mean squared error, and the bias; the ridge draws towards the old weights.
+    """The weights and the bias of least mean squared error; the ridge pulls towards the old weights.
 
     W' = W + (Cov(y, x) - W Cov(x)) (Cov(x) + r I)^-1 with r = `ridge` times the mean variance of a column, and
-    b' = E y - W' E x. [Xie21] has the same without a ridge, from the inputs of the dense network.
+    b' = E y - W' E x. [Xie21] does so without a ridge, with the inputs of the dense network.
     """
     c, old = moments.centred, _rows(reader, moments)
     step = torch.cholesky_solve(c.xy - c.xx @ old.mT, torch.linalg.cholesky(moments.ridged(ridge)))
@@ -38,14 +38,14 @@ def least_squares(reader: nn.Module, kept: Tensor, moments: Moments, *, ridge: f
 
 
 def mean(reader: nn.Module, kept: Tensor, moments: Moments) -> Updated:
-    """The old weights, and the bias that gives each output its mean back [An24]."""
+    """The old weights, and the bias that restores the mean of each output [An24]."""
     return _with_mean(reader, _rows(reader, moments), moments)
 
 
 def rescale(reader: nn.Module, kept: Tensor, moments: Moments, *, ridge: float = RIDGE) -> Updated:
-    """That of least squares, each row then scaled so that its output has the variance wanted [Xie21].
+    """Weights by `least_squares`, each row then scaled so that its output has the wanted variance [Xie21].
 
-    It worsens the mean squared error, which least squares has made least. Where nothing varies nothing is scaled.
+    This increases the mean squared error, which is the smallest before the scaling. Constant outputs are not scaled.
     """
     c, new = moments.centred, least_squares(reader, kept, moments, ridge=ridge).weight
     rows = new.to(c.xx).reshape(c.xx.shape[0], -1, c.xx.shape[-1])
@@ -57,9 +57,10 @@ def rescale(reader: nn.Module, kept: Tensor, moments: Moments, *, ridge: float =
 def curvature_weighted(
     reader: nn.Module, kept: Tensor, moments: Moments, *, weighted: Moments | None = None, ridge: float = RIDGE
 ) -> Updated:
-    """Least squares in which an error counts by the curvature of the loss where it is made: each sample and position.
+    """Least squares with errors weighted, for each sample and position, by the curvature of the loss there.
 
-    The weight is the trace over the rows of the Gauss-Newton matrix in what the reader writes there. Our choice.
+    The weight of a position is the trace of the Gauss-Newton matrix with respect to the reader's output at it, over
+    rows. HapError without `weighted`. Our choice.
     """
     if weighted is None:
         raise HapError("curvature_weighted: moments weighted by curvature expected, found none; apply() gives them")
@@ -67,7 +68,7 @@ def curvature_weighted(
 
 
 def _rows(reader: nn.Module, moments: Moments) -> Float[Tensor, "groups rows cols"]:
-    """The weights of a reader as a matrix for each group."""
+    """The weight of a reader as one matrix for each convolution group."""
     weight = reader.get_parameter("weight").detach()
     return weight.reshape(moments.xx.shape[0], -1, moments.xx.shape[-1]).to(moments.xx)
 

@@ -1,4 +1,4 @@
-"""The diagonal of the Hessian of the loss, in closed form or by random probes."""
+"""The diagonal of the Hessian of a loss, in closed form or by random probes."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The curvature of the loss in what layers write, sample by sample and position by position; knows no weights."""
+"""The curvature of the loss with respect to outputs of layers, for each sample and position; knows no weights."""
 
 from collections.abc import Collection
 from typing import Any
@@ -12,16 +12,16 @@ from hap.hessian.linearity import sources
 from hap.hessian.losses import Loss
 from hap.structure.layers import positions, weight_of
 
-COLUMNS = 16  # taken whole up to so many; of more outputs the likeliest, and one drawn for the rest
+COLUMNS = 16  # up to this number all columns; beyond, the likeliest outputs and one drawn for the rest
 
 
 def output_curvature(
     model: nn.Module, loss: Loss, inputs: Any, layers: Collection[str], rng: torch.Generator
 ) -> dict[str, Float[Tensor, "batch positions"]]:
-    """By layer the trace of the Gauss-Newton matrix in what it writes at a position, divided by its rows.
+    """Layer -> trace of the Gauss-Newton matrix with respect to its output at a position, divided by its rows.
 
-    No targets are needed: the Hessian of softmax cross-entropy in the logits does not depend on them. With class
-    weights each sample counts as one of its likeliest class.
+    Without targets, on which the Hessian of softmax cross-entropy in the logits does not depend; class weights are
+    those of each sample's likeliest class. `rng` draws one column where the model has more than COLUMNS outputs.
     """
     found = dict[str, Tensor]()
     modules = {name: model.get_submodule(name) for name in layers}

@@ -1,14 +1,14 @@
-"""Kernels of torch that are wrong, or do not give the same numbers each time, and the way around each; prunes nothing.
+"""Kernels of torch that are wrong, or give other numbers at each call, and the replacement of each; prunes nothing.
 
 **Wrong on CPUs.** oneDNN 3.13, which torch 2.15 brings, takes the gradient of the weight of a 1x1 convolution with a
 stride by copying the pixels that count into scratch memory first. Where the channels lie last in memory and there are
 fewer of them than a register holds (8 with AVX2, 16 with AVX512), the copy ends behind that memory: the process dies,
-hangs, or goes on with a wrong gradient (github.com/uxlfoundation/oneDNN/issues/6035). One thread or two make no
-difference. A pruned network has such channels as a rule. `benchmarks/bench_convolutions.py` maps what is wrong on a
-machine, `hap doctor` says whether anything is.
+stops responding, or continues with a wrong gradient (github.com/uxlfoundation/oneDNN/issues/6035). The number of
+threads makes no difference. Most pruned networks have such channels. `benchmarks/bench_convolutions.py` lists what is
+wrong on a machine, `hap doctor` says whether anything is.
 
-**Another sum each time on GPUs**, for the order of atomic additions is left to chance. NONDETERMINISTIC lists all that
-torch has, and what is done about each.
+**Another sum at each call on GPUs**, because the order of atomic additions is random. NONDETERMINISTIC lists all such
+ops of torch, with the measure against each.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-NARROW = 16  # input channels from which on no kernel is wrong: the floats of the widest register
+NARROW = 16  # with this number of input channels or more no kernel is wrong: the floats of the widest register
 SORTED = "torch sums in a fixed order under use_deterministic_algorithms, which `exactly` of the harness turns on"
 AROUND = "computed by slices inside `sound`; to a size of 1 it is a mean, of which torch has a deterministic gradient"
-TOLD = "nothing here calls it; a stranger's network may, and the record then says that it did"
+RECORDED = "nothing here calls it; a user's network may, and its record then says so"
 NONDETERMINISTIC = {  # op of torch on a GPU -> what is done about it
     "index_add, index_add_": f"sums by group, here in groups, methods and curvature: {SORTED}",
     "cumsum": f"of floats, in losses: {SORTED}",
@@ -33,14 +33,14 @@ NONDETERMINISTIC = {  # op of torch on a GPU -> what is done about it
     "matrix products": "cuBLAS with a fixed workspace: CUBLAS_WORKSPACE_CONFIG, which `exactly` sets",
     "_adaptive_avg_pool2d_backward": AROUND,
     "scatter_reduce": "of integers and by least and largest alone, whose order does not count; on the CPU",
-    "adaptive_avg_pool3d, adaptive_max_pool2d, avg_pool3d, fractional_max_pool, max_unpool: gradients": TOLD,
-    "reflection_pad, grid_sample, upsample_linear, upsample_bilinear, upsample_bicubic: gradients": TOLD,
-    "nll_loss2d, ctc_loss, embedding_bag of mode max, put_, histc, bincount with weights, median": TOLD,
+    "adaptive_avg_pool3d, adaptive_max_pool2d, avg_pool3d, fractional_max_pool, max_unpool: gradients": RECORDED,
+    "reflection_pad, grid_sample, upsample_linear, upsample_bilinear, upsample_bicubic: gradients": RECORDED,
+    "nll_loss2d, ctc_loss, embedding_bag of mode max, put_, histc, bincount with weights, median": RECORDED,
 }
 
 
 class Convolution(NamedTuple):
-    """What a convolution is called with, by the names and the defaults of torch."""
+    """The arguments of a convolution, with the names and the defaults of torch."""
 
     input: Tensor
     weight: Tensor
@@ -57,7 +57,7 @@ class Convolution(NamedTuple):
 
     @property
     def faulty(self) -> bool:
-        """Whether oneDNN may take the gradient of its weight wrongly."""
+        """Whether oneDNN may compute the gradient of its weight wrongly."""
         padded = self.padding != "valid" and any(self._along(self.padding))
         here = self.input.device.type == "cpu" and self.groups == 1
         return here and not padded and max(self.steps) > 1 and is_narrow(self.weight)
@@ -68,7 +68,7 @@ class Convolution(NamedTuple):
 
 
 def is_narrow(weight: object) -> bool:
-    """Whether it can be the weight of such a convolution: of a signal or an image, 1x1, of few input channels."""
+    """Whether it can be the weight of a faulty convolution: 1x1, 1- or 2-dimensional, with few input channels."""
     if not isinstance(weight, Tensor) or weight.dim() not in (3, 4):
         return False
     return weight.shape[1] < NARROW and weight.shape[2:].numel() == 1
@@ -76,13 +76,13 @@ def is_narrow(weight: object) -> bool:
 
 @contextmanager
 def sound(model: nn.Module) -> Iterator[None]:
-    """Inside, narrow strided 1x1 convolutions on CPUs and adaptive average pooling on GPUs go by other kernels.
+    """Inside the block, narrow strided 1x1 convolutions on CPUs and adaptive average pooling on GPUs use other kernels.
 
-    A convolution with a stride s reads every s-th pixel, and strides by 1: the same sums, whatever the memory format,
-    so that channels last may stay everywhere. The rule is for each module that has such a weight, also where it calls
-    the function itself; other modules pay nothing. To put the channels first instead, as is the other way out, makes a
-    training step take 1.24 times as long on the digits and 1.32 times on ResNet-20 (AVX512, one thread). A function of
-    torch that is given a weight from elsewhere is not seen, nor is what torch.jit.script has compiled.
+    A convolution with stride s takes every s-th pixel of its input and has stride 1: the same sums in every memory
+    format, so that channels_last can be used everywhere. It holds for every module with such a weight, also where its
+    forward calls the function itself; other modules cost nothing. The alternative, channels first, makes a training
+    step 1.24 times as long on the digits and 1.32 times on ResNet-20 (AVX512, one thread). Not covered: functions of
+    torch whose weight comes from another module, and modules compiled by torch.jit.script.
     """
     found = [(vars(module), name, getattr(module, name)) for module in model.modules() for name in _concerned(module)]
     before = [own.get(name) for own, name, _ in found]
@@ -96,10 +96,10 @@ def sound(model: nn.Module) -> Iterator[None]:
 
 
 def _concerned(module: nn.Module) -> Iterator[str]:
-    """The method of a module that may call such a kernel."""
+    """The name of the method of a module that may call such a kernel, if there is one."""
     weights = (*module.parameters(recurse=False), vars(module).get("weight"))
     if type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward):
-        # what convolves, and not the whole forward pass, by which curvature knows layers
+        # not `forward`, because `is_known` compares it to that of the class
         yield from ["_conv_forward"] if is_narrow(module.weight) else []
     elif isinstance(module, nn.AdaptiveAvgPool2d) or any(map(is_narrow, weights)):
         yield "forward"
@@ -111,7 +111,7 @@ def _around(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class _Around(TorchFunctionMode):
-    """Computes by other kernels what some would compute wrongly, or not the same each time."""
+    """Replaces calls of faulty kernels by other ones."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -130,7 +130,7 @@ class _Around(TorchFunctionMode):
 def pooled(input: Tensor, output_size: Any) -> Tensor:
     """Adaptive average pooling of the last two axes, one after the other: the mean over each window.
 
-    As torch has it, window i of n reads from floor(i size / n) to ceil((i + 1) size / n).
+    As in torch, window i of n is from floor(i size / n) to ceil((i + 1) size / n).
     """
     sizes = (output_size,) * 2 if output_size is None or isinstance(output_size, int) else output_size
     for axis, wanted in zip((-2, -1), sizes, strict=True):

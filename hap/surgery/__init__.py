@@ -1,4 +1,4 @@
-"""A plan carried out: the physically smaller model, and the masked model that it must equal."""
+"""From a plan to the physically smaller model, and to the masked model of full size that must compute the same."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Carry a plan out: `apply` gives a smaller ordinary module, `mask` the same function at full size, its oracle."""
+"""`apply` makes the smaller model of a plan; `mask` makes a model of full size that computes the same, to test it."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
@@ -26,15 +26,15 @@ from hap.surgery.refit import MEMORY, Update, refit
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an implant may look at: the inputs of the layer in the dense model, over the calibration batches."""
+    """The data from which an implant is computed: inputs of the layer in the dense model on calibration batches."""
 
-    batches: Callable[[], Iterator[Tensor]]  # each as the dense layer sees it
-    slots: Int[Tensor, "kept"]  # of them, those the implant will be given
-    constant: bool  # whether a bias costs nothing: the layer has one, or a BatchNorm follows that takes it
+    batches: Callable[[], Iterator[Tensor]]  # one input of the dense layer for each batch
+    slots: Int[Tensor, "kept"]  # the input channels that the implant reads
+    constant: bool  # whether a bias costs nothing: the layer has one, or the BatchNorm behind it can take it
 
 
-# the dense layer and which of its rows; of heads the layer behind them and which of its slots
-Implant = Callable[[nn.Module, Tensor, Any], nn.Module]  # the last: Inputs, or of heads Passing
+# (dense layer, its rows, Inputs); for heads (layer behind them, its slots, Passing)
+Implant = Callable[[nn.Module, Tensor, Any], nn.Module]
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -51,12 +51,21 @@ def apply(
     loss: Loss | None = None,
     memory: int = MEMORY,
 ) -> nn.Module:
-    """A copy of the model without what the plan drops, with implants where it says so, its weights updated if asked.
+    """A copy of the model without the rows and slots that the plan drops, with implants and updated weights.
 
-    `batches`: calibration inputs, as `call` takes them and without targets, for implants and updates that look at them.
-    `loss`: for an update that asks how it curves. `memory`: bytes that passes held for an update may take. Where the
-    coupling leaves a dropped row's slot alive, a `Patch` writes zeros; a BatchNorm that only dropped rows feed is
-    narrowed with them. Raises HapError for a plan of other groups, and for a layer that loses all it has.
+    `implant`: makes the modules for the fate `o`; needed where the plan has such rows. `update`: makes new weights for
+    layers that lost inputs; None leaves the weights. `batches`: calibration inputs, as `call` takes them, without
+    targets, for implants and updates. `loss`: for an update that takes curvature. `memory`: bytes of the passes that
+    wait for an update. Where the slot of a dropped row stays, a `Patch` writes zeros; a BatchNorm that only dropped
+    rows feed becomes narrower with them. HapError for a plan of other groups, for an implant or batches that are
+    missing, for a layer other than nn.Linear that loses all rows or slots, and for a model that cannot be copied.
+
+    >>> from hap.plan import plan
+    >>> model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(1, 3)
+    >>> groups = couple(model, trace(model, x))
+    >>> small = apply(model, groups, plan(groups, torch.tensor([0.3, 0.1, 0.2, 0.4]), Budget(groups=0.5)))
+    >>> [tuple(p.shape) for p in small.parameters()]
+    [(2, 3), (2,), (2, 2), (2,)]
     """
     found, batches = cuts(groups, plan), list(batches)
     small = _copied(model)
@@ -84,7 +93,7 @@ def apply(
 
 
 def added(model: nn.Module, small: nn.Module) -> dict[str, int]:
-    """The biases that an update has given to layers of `small` that have none in the dense model, by layer."""
+    """Layer -> number of the biases that an update gave it in `small`, for layers without bias in the dense model."""
     found = {}
     for name, module in model.named_modules():
         if is_mixing(module) and module.bias is None:
@@ -95,7 +104,17 @@ def added(model: nn.Module, small: nn.Module) -> dict[str, int]:
 
 @torch.inference_mode(mode=False)
 def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
-    """A copy of the same size that computes what `apply` with zero implants computes: the oracle of the tests."""
+    """A copy of the same size that computes what `apply` with zero implants computes, to test it: hooks write zeros.
+
+    HapError for a plan of other groups, and for a model that cannot be copied.
+
+    >>> from hap.plan import plan
+    >>> model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(1, 3)
+    >>> groups = couple(model, trace(model, x))
+    >>> chosen = plan(groups, torch.tensor([0.3, 0.1, 0.2, 0.4]), Budget(groups=0.5))
+    >>> torch.allclose(mask(model, groups, chosen)(x), apply(model, groups, chosen)(x), atol=1e-6)
+    True
+    """
     away, implanted = gone(groups, plan)
     masked = _copied(model)
     silence(masked, groups, Gone(away.rows | implanted, away.slots))
@@ -105,14 +124,14 @@ def mask(model: nn.Module, groups: Groups, plan: Plan) -> nn.Module:
 def _copied(model: Layer) -> Layer:
     try:
         return copy.deepcopy(model)
-    except Exception as error:  # of FSDP, of tensors that an earlier pass has left, of locks and files
+    except Exception as error:  # raised by FSDP, by tensors left by an earlier pass, by locks and files
         says = (str(error).strip().splitlines() or [type(error).__name__])[0]
         do = "take off what wraps it, or drop what is no parameter and no buffer"
         raise HapError(f"apply: {type(model).__name__} cannot be copied ({says}); {do}") from error
 
 
 def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module], device: torch.device) -> nn.Module:
-    """One part alone where nothing is selected or scattered, else a Patch."""
+    """The single part, where it reads all inputs and writes all rows in order; else a Patch."""
     places = (cut.written.cumsum(0) - 1)[torch.cat([cut.kept, cut.implanted])]
     take, given, width = (cut.given.cumsum(0) - 1)[cut.slots], int(cut.given.sum()), int(cut.written.sum())
     if len(parts) == 1 and len(take) == given and torch.equal(places, torch.arange(width)):
@@ -121,7 +140,7 @@ def _patched(module: nn.Module, cut: Cut, parts: list[nn.Module], device: torch.
 
 
 def _absorb(small: nn.Module, groups: Groups, cuts: dict[str, Cut], name: str, implant: nn.Module) -> nn.Module:
-    """Move the implant's bias into the BatchNorm that reads it, where the layer itself has none."""
+    """The implant, its bias moved into the BatchNorm behind it, where the layer itself has no bias."""
     bias = getattr(implant, "bias", None)
     if not isinstance(bias, Tensor) or groups.shapes[name].extras:
         return implant

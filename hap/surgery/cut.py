@@ -1,4 +1,4 @@
-"""What a plan does to each module, and to rows and slots of one: narrowed in place, or put in another's place."""
+"""The rows and slots that a plan leaves in each module, and functions that remove the others or replace a module."""
 
 from typing import NamedTuple, TypeVar
 
@@ -17,17 +17,17 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Cut(NamedTuple):
-    """What becomes of one module; indices into its own rows and slots."""
+    """The rows and slots of one module after pruning, as indices and masks over its own rows and slots."""
 
     kept: Int[Tensor, "kept"]  # rows computed as before
     implanted: Int[Tensor, "implanted"]
-    written: Bool[Tensor, "rows"]  # rows that are there to be read, computed or zero
+    written: Bool[Tensor, "rows"]  # rows in its output, computed or zero
     slots: Int[Tensor, "slots_kept"]
-    given: Bool[Tensor, "slots"]  # slots that are there to be read
+    given: Bool[Tensor, "slots"]  # slots in its input, read or not
 
 
 def gone(groups: Groups, plan: Plan) -> tuple[Gone, Tensor]:
-    """What a plan removes, and the rows that implants write."""
+    """The rows and slots that a plan removes, and a mask of the rows that implants compute."""
     fates = plan.fates(groups)
     away = groups.gone(dropped(groups, fates, plan.rank))
     able = torch.cat([torch.full((s.rows,), s.implantable) for s in groups.shapes.values()])
@@ -35,7 +35,10 @@ def gone(groups: Groups, plan: Plan) -> tuple[Gone, Tensor]:
 
 
 def cuts(groups: Groups, plan: Plan) -> dict[str, Cut]:
-    """Rows and slots that share a wire (a position of some tensor) are there as long as one of them is alive."""
+    """Module name -> Cut, for the modules that a plan changes.
+
+    Rows and slots of the same channel of some tensor stay in it as long as one of them is not removed.
+    """
     away, implanted = gone(groups, plan)
     n = len(away.rows)
     wire = components(n + len(away.slots), groups.feeds.edges[0], groups.feeds.edges[1] + n)
@@ -55,7 +58,7 @@ def cuts(groups: Groups, plan: Plan) -> dict[str, Cut]:
 
 
 def resize(module: Layer, rows: Tensor, slots: Tensor) -> Layer:
-    """Keep only these rows and slots of a convolution, linear or channelwise layer, in place and in its format."""
+    """Keep only these rows and slots of a convolution, linear or channelwise layer, in place, in its memory format."""
     for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if value.dim() == 0:
             continue  # num_batches_tracked
@@ -66,7 +69,7 @@ def resize(module: Layer, rows: Tensor, slots: Tensor) -> Layer:
             cut = cut.contiguous(memory_format=torch.channels_last)
         trained = isinstance(value, nn.Parameter)
         setattr(module, name, nn.Parameter(cut, requires_grad=value.requires_grad) if trained else cut)
-    if isinstance(module, _ConvNd):  # of a grouped one whole groups go
+    if isinstance(module, _ConvNd):  # a grouped convolution loses whole groups
         module.groups = max(1, len(slots) * module.groups // module.in_channels)
     wide = {
         "out_features": rows,
@@ -83,20 +86,20 @@ def resize(module: Layer, rows: Tensor, slots: Tensor) -> Layer:
 def norm_behind(
     small: nn.Module, groups: Groups, cuts: dict[str, Cut], name: str, rows: Tensor
 ) -> tuple[_BatchNorm | _InstanceNorm, Int[Tensor, "rows"]] | None:
-    """The normalisation with fixed statistics that reads these rows of a layer alone, and where; None without one."""
+    """The normalisation with fixed statistics in `small` that alone reads these rows, and its slots; else None."""
     norm_name, slots = groups.norm_behind(name, rows)
     norm = small.get_submodule(norm_name)
     norm = norm.parts[0] if isinstance(norm, Patch) else norm
     if not isinstance(norm, _BatchNorm | _InstanceNorm) or norm.running_mean is None:
         return None
-    # the norm may have been narrowed already: the order of modules in a model is not the order of the data
+    # it may have been resized already: modules are not listed in the order of the data
     if norm_name in cuts and norm.num_features == len(cuts[norm_name].kept):
         slots = torch.searchsorted(cuts[norm_name].kept, slots)
     return norm, slots
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put one module in another's place, under each of its names."""
+    """Replace the module `old` by `new` under all of its names in the model, in place."""
     for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)

@@ -1,7 +1,7 @@
-"""A dense model and the pruned one, side by side: where their passes stand still, and what they have there.
+"""The dense and the pruned model side by side: the stops where their passes pause, and the tensors there.
 
-A layer's pass stands still when it has written, or where the first sum takes what it, or a BatchNorm right behind it,
-wrote: there is known what is added to it. Between those no other op is allowed for, so all other sums are not seen.
+A pass pauses after a layer, or at the first sum that has the output of the layer, or of a BatchNorm directly behind it,
+as a term, because there the other term is known. Sums behind any other op are not recognised.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,34 +20,34 @@ from hap.structure.layers import Call, evaluating, first_tensor
 from hap.surgery.walks import ANY, Walk, here
 
 Stop = tuple[str, str]  # "wrote" or "added", and the reader
-LIVE = 4  # tensors that a pass holds at a layer, each like the largest: a stream, a branch, what is read and written
+LIVE = 4  # tensors of the largest size that a pass holds at a layer: a stream, a branch, an input and an output
 ADDS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 
 
 class Seen(NamedTuple):
-    """What a pass has at a layer."""
+    """The tensors of a pass at a layer."""
 
-    x: Tensor
-    y: Tensor  # written by it
-    other: Tensor | None = None  # what is added to it, or to what the BatchNorm behind it makes of it
-    lent: Tensor | None = None  # what an implant beside it reads
+    x: Tensor  # its input
+    y: Tensor  # its output
+    other: Tensor | None = None  # the other term of the sum with y, or with the BatchNorm of y
+    lent: Tensor | None = None  # the input of an implant beside it
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A model whose readers are watched by hooks, which halt the pass that runs."""
+    """A model with hooks on its readers, which pause the current pass."""
 
     model: nn.Module
     norms: Mapping[str, str]  # reader -> the BatchNorm right behind it, or ""
     call: Call
-    joins: frozenset[str] | None = None  # the readers whose sums are looked for; None for all
+    joins: frozenset[str] | None = None  # the readers whose sums are stops; None for all
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """The hooks, and eval mode."""
+        """Inside the block the model has the hooks and is in eval mode."""
         handles = []
         for module in self.model.modules():
-            if isinstance(module, Lender | Borrower):  # passes that stand still share its relay
+            if isinstance(module, Lender | Borrower):  # all paused passes share its relay
                 handles.append(module.register_forward_pre_hook(_relayed))
         for name, norm in self.norms.items():
             module = self.model.get_submodule(name)
@@ -63,7 +63,7 @@ class Watched:
                 handle.remove()
 
     def walk(self, batch: Any) -> Walk:
-        """A pass of this batch, from the beginning."""
+        """A new pass of this batch, paused before its first layer."""
 
         def run() -> None:
             with torch.no_grad(), _Adding(self):
@@ -72,7 +72,7 @@ class Watched:
         return Walk(run)
 
     def added(self, one: Any, other: Any) -> None:
-        """Two tensors are about to be added."""
+        """Called before two tensors are added: pause where one of them comes from a reader."""
         if not isinstance(other, Tensor) or one.shape != other.shape:
             return
         walk, names = here(), self.norms if self.joins is None else self.joins
@@ -96,7 +96,7 @@ class Watched:
         return mended
 
     def _mend(self, name: str, seen: Seen, branch: Tensor) -> None:
-        """What the reader writes by now, in place of what it wrote, and what the BatchNorm makes of it."""
+        """Recompute the output of a reader and of its BatchNorm with the new weights, in place."""
         out = again(self.model.get_submodule(name), seen)
         seen.y.copy_(out)
         if branch is not seen.y:
@@ -104,7 +104,7 @@ class Watched:
 
 
 class _Adding(TorchFunctionMode):
-    """Tells a watched model of each sum of two tensors."""
+    """Calls `Watched.added` before every sum of two tensors."""
 
     def __init__(self, watched: Watched) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def _normed(name: str, _: nn.Module, args: Any, out: Tensor) -> None:
 
 
 def again(module: nn.Module, seen: Seen) -> Tensor:
-    """What a reader writes with the weights that it has now."""
+    """The output of a reader with its present weights."""
     if isinstance(module, Borrower):
         module.relay.held = seen.lent
     return module.forward(seen.x)  # type: ignore[no-any-return]
@@ -146,16 +146,16 @@ def again(module: nn.Module, seen: Seen) -> Tensor:
 
 @dataclass
 class Lockstep:
-    """Passes of all batches through both models, brought to one stop after another; some held, some begun anew."""
+    """Passes of all batches through both models, run from stop to stop; some are kept, others start again."""
 
     dense: Watched
     small: Watched
     batches: Sequence[Any]
-    room: int  # how many may be held
+    room: int  # the largest number of batches whose passes are kept
     held: dict[int, tuple[Walk, Walk]] = field(default_factory=dict)
 
     def visit(self, stop: Stop) -> Iterator[tuple[int, Seen, Seen]]:
-        """Of each batch its number, and what the dense and the pruned model have at the stop."""
+        """For each batch: its number, and the tensors of the dense and of the pruned model at the stop."""
         for number, batch in enumerate(self.batches):
             if number not in self.held:
                 self.held[number] = self.dense.walk(batch), self.small.walk(batch)
@@ -171,16 +171,17 @@ class Lockstep:
                 self.end(number)
 
     def end(self, *numbers: int) -> None:
-        """Lets go of the passes of these batches, or of all."""
+        """End the passes of these batches, or of all."""
         for number in numbers or tuple(self.held):
             for walk in self.held.pop(number):
                 walk.end()
 
 
 def stops(dense: Watched, small: Watched, batch: Any) -> tuple[list[Stop], int]:
-    """Where the passes must stand still, in order, and how many bytes both hold there at most.
+    """The stops of layers whose input differs in the pruned model, in order, and the most bytes that both passes hold.
 
-    At a sum if one takes what the layer writes; of two layers with one sum the one that is called last has it.
+    A layer whose output is a term of a sum stops at the sum; if both terms are outputs of layers, the last one does.
+    HapError where a layer is called twice, or the pruned model does not call it.
     """
     walks, live = (dense.walk(batch), small.walk(batch)), 0
     wrote, found = list[str](), list[Stop]()

@@ -1,7 +1,7 @@
-"""Second moments of what a layer reads and of what it should write, summed over batches; knows no surgery.
+"""Second moments of the inputs of a layer and of its wanted outputs, summed over batches; knows no surgery.
 
-Means over positions are all that a linear regression of the wanted outputs on the inputs needs, so no activations are
-kept. A column is one number that a position reads: of a convolution a channel at a tap, in the order of the weight.
+A linear regression of the wanted outputs on the inputs needs only means over positions, so no activations are kept. A
+column is one input number of a position: in a convolution one channel at one tap, in the order of the weight.
 """
 
 import copy
@@ -19,15 +19,15 @@ from hap.hessian.persample import BYTES, even, patches
 from hap.structure.layers import positions
 
 WIDEST = 4096  # columns whose products are kept at once: 128 MiB in float64
-ENOUGH = 200  # positions a column: then the noise of the weights adds half a percent to the error
+ENOUGH = 200  # positions per column: then the noise of the weights adds half a percent to the error
 THIN = (2, 4)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Means over all positions, weighted where they have weights, of x, what is read, and y, what is to be written.
+    """Means over all positions, weighted if there are weights, of x, the input, and y, the wanted output; in float64.
 
-    `groups`: those of a grouped convolution, else one. In float64.
+    The axis `groups` is that of a grouped convolution; else it has length 1.
     """
 
     count: float  # positions, or the sum of their weights
@@ -35,12 +35,12 @@ class Moments:
     y: Float[Tensor, "groups rows"]
     xx: Float[Tensor, "groups cols cols"]
     xy: Float[Tensor, "groups cols rows"]
-    yy: Float[Tensor, "groups rows"]  # squares alone
+    yy: Float[Tensor, "groups rows"]  # of squares, no products of two rows
     eps: float = 2**-23  # the relative rounding of a product
 
     @property
     def centred(self) -> "Moments":
-        """Of x and y less their means: covariances."""
+        """The moments of x and y minus their means: covariances."""
         return replace(
             self,
             xx=self.xx - self.x[:, :, None] * self.x[:, None],
@@ -51,7 +51,7 @@ class Moments:
     def ridged(self, ridge: float) -> Float[Tensor, "groups cols cols"]:
         """The covariance of x plus r on its diagonal, with r = `ridge` times the mean variance of a column.
 
-        And as much as the rounding of large means may have taken from the smallest eigenvalue.
+        r also has the amount by which rounding of large means can lower the smallest eigenvalue.
         """
         c, power = self.centred.xx, self.xx.diagonal(dim1=-2, dim2=-1).sum(-1)
         r = ridge * c.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(0) + self.eps * power
@@ -59,13 +59,13 @@ class Moments:
 
 
 class Sums:
-    """Takes in what a layer reads and should write, batch after batch."""
+    """Sums over batches of the inputs of a layer and its wanted outputs."""
 
     def __init__(self, module: nn.Module, batches: int | None = None) -> None:
-        """`module`: a layer whose inputs these are, of a class that `is_known`.
+        """`module`: the layer, of a class that `is_known`.
 
-        `batches`: how many there will be; then only every second or fourth pixel of large images counts, along each
-        axis, as long as ENOUGH positions a column are left. Without it all do.
+        `batches`: their number, if known; then only every second or fourth pixel of large images is used along each
+        axis, while at least ENOUGH positions per column remain. None: all pixels.
         """
         self.module, self.batches, self.scratch = module, batches, dict[str, Tensor]()
         self.total: tuple[Tensor, ...] = ()
@@ -73,7 +73,7 @@ class Sums:
 
     @torch.no_grad()
     def add(self, x: Tensor, y: Tensor | None, weights: Float[Tensor, "batch positions"] | None = None) -> None:
-        """Takes in a batch: `y` as the layer would write it, or None where nothing is wanted."""
+        """Add a batch: input `x`, and `y` of the shape of the output, or None for moments of x only."""
         module = self.module
         if isinstance(module, _ConvNd):
             w = None if weights is None or y is None else weights.reshape(len(y), 1, *y.shape[2:])
@@ -86,7 +86,7 @@ class Sums:
             self._add(module, x[part], y if y is None else y[part], weights if weights is None else weights[part])
 
     def _thinned(self, module: _ConvNd, x: Tensor, y: Tensor | None, w: Tensor | None) -> tuple[Any, ...]:
-        """The convolution with a larger stride, and what it reads and should write then; each time other pixels."""
+        """The convolution with a larger stride, with its x, y and weights; every call takes other pixels."""
         pads, steps = module._reversed_padding_repeated_twice, module.stride
         sizes = [n + a + b for n, a, b in zip(x.shape[2:], pads[-2::-2], pads[-1::-2], strict=True)]
         outs = [
@@ -104,7 +104,7 @@ class Sums:
         starts = [(self.turn // self.thin**i) % self.thin for i in range(len(outs))]
         self.turn += 1
         x = F.pad(x, pads)[:, :, *(slice(at * step, None) for at, step in zip(starts, steps, strict=True))]
-        # as many as there are whole steps: rounding at the far border is that of the convolution itself
+        # only whole steps, so that the number of outputs is that of the convolution
         ends = [at + self.thin * ((n - at - 1) // self.thin) + 1 for at, n in zip(starts, outs, strict=True)]
         lost = [
             slice(0, (end - 1 - at) * step + d * (k - 1) + 1)
@@ -131,14 +131,14 @@ class Sums:
                 whole += each
 
     def result(self) -> Moments:
-        """The means."""
+        """The sums divided by the number of positions, or by the sum of their weights."""
         means = [each / max(self.count, 1e-300) for each in self.total]
         order = self._order().to(means[0].device)
         x, y, xx, xy, yy = means
         return Moments(self.count, x[:, order], y, xx[:, order][:, :, order], xy[:, order], yy, self.eps)
 
     def _order(self) -> Tensor:
-        """Where each column of the weight is among those of patches, which have their taps first."""
+        """For each column of the weight, its index among the columns of `patches`, where taps come before channels."""
         weight = self.module.get_parameter("weight")
         each, taps = weight.shape[1], math.prod(weight.shape[2:])
         return torch.arange(each * taps).reshape(taps, each).T.flatten()

@@ -1,13 +1,12 @@
-"""New weights for what is left, layer by layer in the order of the forward pass: each layer that reads something else
-than in the dense model gets those that an update makes.
+"""New weights, by an update, for each layer of the pruned model whose input differs from that in the dense model.
 
-A layer should write what it wrote in the dense model. Where something is added to it, as in a residual branch, it
-should write what makes the sum that of the dense model: what is added may differ by now. Only sums are seen whose
-terms are what the layer, or a BatchNorm right behind it, wrote.
+Layers are treated in the order of the forward pass. The wanted output of a layer is that of the dense model; where a
+tensor is added to the output, as in a residual branch, the wanted sum is that of the dense model, since the other term
+may already differ. Only sums of the output, or of that of a BatchNorm directly behind it, are recognised.
 
-Batches go through both models side by side, and all stand still at a layer until it has its weights. As many are held
-there as `memory` bytes allow; the others begin anew for each layer. So a model that keeps what it computes in its
-modules between calls needs memory=0, or batches would see each other's.
+All batches run through both models and pause at a layer until it has its new weights. As many paused passes are kept as
+`memory` bytes allow; the others start again for each layer. So a model whose modules keep tensors between calls needs
+memory=0; else one batch would read tensors of another.
 """
 
 import copy
@@ -34,13 +33,13 @@ from hap.surgery.lockstep import Lockstep, Seen, Stop, Watched, stops
 from hap.surgery.moments import WIDEST, Moments, Sums
 from hap.surgery.patch import Patch
 
-Update = Callable[..., tuple[Tensor, Tensor]]  # (reader, kept, moments), and `weighted` where it takes that
-MEMORY = 2**30  # bytes of passes that stand still
-TINY = 1e-3  # a row that a BatchNorm scales by less than this share of the largest scale can mend no sum
+Update = Callable[..., tuple[Tensor, Tensor]]  # (reader, kept, moments), with or without `weighted`; see hap.updates
+MEMORY = 2**30  # bytes of paused passes
+TINY = 1e-3  # rows that a BatchNorm scales by less than this share of its largest scale correct no sum
 
 
 class Part(NamedTuple):
-    """A convolution or linear layer, alone or within a Patch, and the rows of the dense layer that it writes."""
+    """A convolution or linear layer, alone or in a Patch, and the rows of the dense layer that it computes."""
 
     layer: nn.Module
     rows: Int[Tensor, "rows"]
@@ -58,7 +57,11 @@ def refit(
     loss: Loss | None = None,
     memory: int = MEMORY,
 ) -> None:
-    """Gives the layers of `small` that read something else than in the dense model new weights, in place."""
+    """Give new weights, in place, to the layers of `small` whose input differs from that in the dense `model`.
+
+    `cuts`: of the plan; `batches`: calibration inputs; `loss`: for updates with `weighted`; `memory`: bytes of paused
+    passes. HapError without batches, without a loss where it is needed, and where new weights are not finite.
+    """
     if not batches:
         raise HapError("update: calibration batches expected, found none; pass batches= to apply()")
     norms = {name: _norm(model, groups, name) for name in _readers(small, model, groups)}
@@ -81,21 +84,21 @@ def refit(
 
 
 def _readers(small: nn.Module, model: nn.Module, groups: Groups) -> Iterator[str]:
-    """The layers whose weights an update can make: of known classes, with something to write."""
+    """Names of the layers that an update can treat: of known classes, with at least one row and one slot."""
     for name, s in groups.shapes.items():
         if s.mixing and is_known(model.get_submodule(name)) and 0 not in widths(_inner(small.get_submodule(name))):
             yield name
 
 
 def _norm(model: nn.Module, groups: Groups, name: str) -> str:
-    """The BatchNorm with fixed statistics that reads what the layer writes, as it is and alone."""
+    """The BatchNorm with fixed statistics that alone reads the unchanged output of the layer; "" for none."""
     norm, _ = groups.norm_behind(name, torch.arange(groups.shapes[name].rows))
     fixed = norm and isinstance(each := model.get_submodule(norm), _BatchNorm) and each.running_var is not None
     return norm if fixed else ""
 
 
 def _inner(module: nn.Module) -> nn.Module:
-    """A layer, or one of those in a Patch, without what lends and borrows."""
+    """The layer inside Lender, Borrower and Patch; in a Patch the first part."""
     while isinstance(module, Lender | Borrower | Patch):
         module = module.parts[0] if isinstance(module, Patch) else module.layer
     return module
@@ -108,7 +111,7 @@ def _asks(update: Update, name: str) -> bool:
 def _weights(
     model: nn.Module, loss: Loss | None, batches: Sequence[Any], names: Sequence[str]
 ) -> list[dict[str, Tensor]]:
-    """Of each batch and layer the curvature of the loss at each position of what the dense layer writes."""
+    """For each batch: layer -> curvature of the loss at each position of its output in the dense model."""
     if loss is None:
         raise HapError("update: a loss expected, for it weighs positions by curvature; pass loss= to apply()")
     rng = torch.Generator().manual_seed(0)
@@ -117,7 +120,7 @@ def _weights(
 
 @dataclass(frozen=True)
 class _Reader:
-    """One layer and the stop where it gets its weights."""
+    """One layer, and the stop at which it gets its new weights."""
 
     small: nn.Module
     model: nn.Module
@@ -128,11 +131,11 @@ class _Reader:
 
     @property
     def name(self) -> str:
-        """Of the layer."""
+        """Name of the layer."""
         return self.stop[1]
 
     def renew(self, update: Update, step: Lockstep, weights: Sequence[Mapping[str, Tensor]] | None) -> None:
-        """New weights for all its parts, in blocks of inputs where there are too many for their products."""
+        """Give all parts of the layer new weights, in blocks of inputs where it has more than WIDEST columns."""
         parts = [part for part in self.parts() if is_known(part.layer)]
         blocks = self.blocks(parts[0].layer)
         if len(blocks) > 1:
@@ -149,7 +152,7 @@ class _Reader:
                 self.give(piece, update)
 
     def parts(self) -> list[Part]:
-        """What writes rows of it, and which."""
+        """The modules that compute rows of the layer, with these rows."""
         module, cut = self.small.get_submodule(self.name), self.cuts.get(self.name)
         while isinstance(module, Lender | Borrower):
             module = module.layer
@@ -159,7 +162,7 @@ class _Reader:
         return [Part(*pair) for pair in zip(layers, [r for r in cut[:2] if len(r)], strict=True)]
 
     def blocks(self, layer: nn.Module) -> list[Tensor]:
-        """The inputs that are solved for together."""
+        """The sets of inputs whose weights are solved for together."""
         weight = layer.get_parameter("weight")
         slots = torch.arange(weight.shape[1] * getattr(layer, "groups", 1), device=weight.device)
         if weight[0].numel() <= WIDEST or getattr(layer, "groups", 1) > 1:
@@ -167,7 +170,7 @@ class _Reader:
         return list(slots.tensor_split(-(-weight[0].numel() // WIDEST)))
 
     def read(self, x: Tensor) -> Tensor:
-        """What the parts read of what the layer does."""
+        """The input of the parts, from that of the layer."""
         module = self.small.get_submodule(self.name)
         while isinstance(module, Lender | Borrower):
             module = module.layer
@@ -176,7 +179,7 @@ class _Reader:
         return x
 
     def wanted(self, dense: Seen, small: Seen) -> Tensor:
-        """What the layer should write, all rows of the dense one; where it must mend a sum, the rows it can mend."""
+        """The wanted output, with all rows of the dense layer; rows in the output are corrected for a sum."""
         module, y = self.small.get_submodule(self.name), dense.y
         at = axis(self.model.get_submodule(self.name))
         rows = torch.arange(y.shape[at], device=y.device)
@@ -190,7 +193,7 @@ class _Reader:
         return y
 
     def unscale(self, like: Tensor, at: int) -> Tensor:
-        """By what a sum is divided to be one of what the layer writes: the scale of the BatchNorm between."""
+        """The factor from a term of a sum to the output of the layer: 1 / scale of the BatchNorm between; 0 if tiny."""
         shape = [1] * like.dim()
         shape[at] = like.shape[at]
         if not self.norms[self.name]:
@@ -204,7 +207,7 @@ class _Reader:
 
     @torch.no_grad()
     def give(self, piece: "_Piece", update: Update) -> None:
-        """Puts what an update makes in place."""
+        """Write the update of a piece into the layer; the bias into the BatchNorm where the layer has none."""
         layer, rows = piece.part
         weight, bias = piece.updated(update, None if self.name not in self.cuts else self.cuts[self.name].slots)
         if not bool(weight.isfinite().all() and bias.isfinite().all()):
@@ -226,7 +229,7 @@ class _Reader:
 
 
 class _Piece:
-    """Some of the inputs of a part, as a smaller layer of its own, and their moments."""
+    """A block of inputs of a part, as a smaller layer, and their moments."""
 
     def __init__(self, part: Part, slots: Tensor, batches: int) -> None:
         self.part, self.slots = part, slots
@@ -236,7 +239,7 @@ class _Piece:
         self.plain, self.weighted = (Sums(self.layer, batches) for _ in "12")
 
     def add(self, x: Tensor, wanted: Tensor, weights: Tensor | None) -> None:
-        """Takes in a batch; what the other inputs give is taken from what is wanted."""
+        """Add a batch; the contribution of the other inputs is subtracted from the wanted output."""
         at = axis(self.layer)
         y = wanted.index_select(at, self.part.rows.to(wanted.device))
         if not self.whole:
@@ -247,7 +250,7 @@ class _Piece:
             self.weighted.add(x, y, weights)
 
     def updated(self, update: Update, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The weight and the bias that an update makes."""
+        """The new weight and bias from the update."""
         slots = self.slots if kept is None else kept[self.slots.to(kept.device)]
         if not self.layer.get_parameter("weight").numel():
             return self.layer.get_parameter("weight"), self.plain.result().y.flatten()

@@ -1,7 +1,7 @@
-"""Forward passes that stand still where they are asked to, so that all batches can reach a layer before any goes on.
+"""Forward passes that can pause at a layer, so that all batches reach it before one continues.
 
-Each pass has a thread of its own, of which only one runs at a time: a forward pass is Python all the way down, and
-nothing else can leave one in the middle. A pass that stands still holds what its layers need later and no more.
+Every pass has its own thread, and only one thread runs at a time: a forward pass is a stack of Python calls, which only
+a thread can leave in the middle. A paused pass holds only those tensors that its later layers need.
 """
 
 import threading
@@ -9,20 +9,20 @@ from collections.abc import Callable
 from typing import Any
 
 _HERE = threading.local()
-ANY = object()  # the next stop, whichever it is
+ANY = object()  # stands for the next stop of any kind
 
 
 class _Ended(BaseException):
-    """Thrown into a pass that is not wanted any more."""
+    """Raised in a paused pass to end it."""
 
 
 class Walk:
-    """A pass that goes from stop to stop."""
+    """A pass that runs from stop to stop."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
         """`run`: the whole pass, which calls `halt` at each stop; nothing runs before `to`."""
-        self.at: Any = None  # the stop where it stands
-        self.seen: Any = None  # what it has there
+        self.at: Any = None  # the stop where it is paused
+        self.seen: Any = None  # the value that it gave to `halt` there
         self.notes: dict[str, Any] = {}  # of this pass alone
         self._run = run
         self._wanted: Any = None
@@ -34,9 +34,9 @@ class Walk:
         self._thread.start()
 
     def to(self, stop: Any, answer: Any = None) -> Any:
-        """What the pass has at this stop, or None where it ends before; `answer` is what it is given where it stands.
+        """Run the pass to this stop: the value that it gives to `halt`, or None where it ends before.
 
-        Raises what the pass raises.
+        `answer`: the result of the `halt` at which it is paused now. An exception of the pass is raised here.
         """
         self._wanted, self._answer, self.at, self.seen = stop, answer, None, None
         if not self._over:
@@ -47,7 +47,7 @@ class Walk:
         return self.seen
 
     def end(self) -> None:
-        """Lets go of the pass and all that it holds."""
+        """End the pass and release its tensors."""
         if not self._over:
             self._wanted = _Ended
             self._go.release()
@@ -55,7 +55,7 @@ class Walk:
         self.seen = None
 
     def halt(self, stop: Any, seen: Any) -> Any:
-        """Called by the pass: stands still if it was to go here, and gives what it is answered."""
+        """Called by the pass: pause if this is the wanted stop; returns the answer of `to`, or None without a pause."""
         if self._wanted is not ANY and self._wanted != stop:
             return None
         self.at, self.seen = stop, seen
@@ -81,6 +81,6 @@ class Walk:
 
 
 def here() -> Walk:
-    """The pass that runs now."""
+    """The pass of the current thread."""
     walk: Walk = _HERE.walk
     return walk
