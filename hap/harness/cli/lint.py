@@ -24,7 +24,7 @@ from typing import NamedTuple
 from hap import HapError
 from hap.harness.compare import comparison, conclusions
 from hap.harness.records import checks as integrity
-from hap.harness.records import store
+from hap.harness.records import outcomes, store
 from hap.harness.records.checks import BROKEN
 from hap.harness.records.record import Run
 from hap.harness.report import tables
@@ -280,7 +280,8 @@ def _comparison(path: Path, folder: Path) -> Findings:
     yield from damaged
     files = {case.name: {store.path(folder, case, seed) for seed in spec.seeds} for case in spec.cases.values()}
     needed = {path, page}.union(*(files[case.name] for pair in pairs for case in pair))
-    there = {file for file in folder.rglob("*") if not file.is_dir()}
+    bits = folder / spec.name / outcomes.FOLDER  # each is named by its hash, which holds it to its records
+    there = {file for file in folder.rglob("*") if not file.is_dir() and file.parent != bits}
     yield from (Finding(file, "a file of a comparison must be there", "none") for file in sorted(needed - there))
     for file in sorted(there - needed.union(*files.values())):
         yield Finding(

@@ -127,7 +127,7 @@ def written(path: Path, rival: Rival, cases: Sequence[Case], evidence: Runs) -> 
     tables, needed = table["cases"], {name.partition("@")[0] for name in evidence}
     while more := {tables[name]["like"] for name in needed if "like" in tables[name]} - needed:
         needed |= more
-    off = dict.fromkeys(("reference", "implant") if rival.role == "method" else ("reference",), False)
+    off = dict.fromkeys(("reference", "implant", "update") if rival.role == "method" else ("reference",), False)
     mine = {"like": theirs, **off, rival.role: {"use": rival.ref.use, **rival.ref.options}}
     pairs = [(case.model_copy(update={"name": rival.name + case.name.removeprefix(theirs)}), case) for case in cases]
     found = claims(pairs, table.get("metric", "accuracy"), f"`hap compare`, sources {rival.sources[:16]}")

@@ -99,9 +99,11 @@ def _chance(found: Sequence[Difference]) -> str:
     if (seeds := len(found[0].mine)) < 2:
         return "One seed has no spread: nothing can be said of chance."
     more = "" if seeds >= FEWEST else f"; fewer than {FEWEST} seeds show large differences only"
+    bound = ", a bound on the safe side where records do not say which samples were right"
+    bounded = bound if any(each.verdict.bounded for each in found) else ""
     return (
-        "Intervals hold the error of the finite test set and stand alone; p-values are one-sided, decide up to "
-        f"{1 - CONFIDENCE:.3g}, and are corrected for all differences (Holm){more}."
+        f"Intervals hold the error of the finite test set{bounded}, and stand alone; p-values are one-sided, decide up "
+        f"to {1 - CONFIDENCE:.3g}, and are corrected for all differences (Holm){more}."
     )
 
 
@@ -131,7 +133,7 @@ def _quality(found: Difference, theirs: str) -> dict[str, str]:
         theirs: f"{_mean(found.theirs, verdict.claim):.2f}",
         "difference": f"{verdict.observed:+.2f}",
         f"{100 * (2 * CONFIDENCE - 1):g} % interval": "none" if none else f"{verdict.low:+.2f} to {verdict.high:+.2f}",
-        "by": verdict.reason if none else verdict.method,
+        "method": verdict.reason if none else verdict.method,
         "rank": "budget missed" if found.short else f"{found.rank} of {found.ranked}",
     }
 

@@ -107,7 +107,7 @@ def test_the_worst_score_is_told_from_haps_and_nothing_is_left_behind(folder):
     assert files(folder) == before
     text = told.stdout[told.stdout.index("strangers:worst in the place of hap") :]
     head, *lines = rows(text)
-    assert head == ["case", "stage", "seeds", "yours", "hap", "difference", "95 % interval", "by", "rank"]
+    assert head == ["case", "stage", "seeds", "yours", "hap", "difference", "95 % interval", "method", "rank"]
     assert [line[0] for line in lines] == ["hap@50", "hap@70"]
     spec = load_spec(folder / "reproductions" / "tiny.toml")
     mine = [store.load(file) for file in sorted(Path(os.environ["HAP_CACHE"]).rglob("strangers-worst@50-*/seed?.json"))]
@@ -118,7 +118,8 @@ def test_the_worst_score_is_told_from_haps_and_nothing_is_left_behind(folder):
     assert lines[0][8] == "4 of 4"  # behind hap, random and implanted, all with half of the parameters gone
     assert lines[1][8] == "2 of 2"
     assert [row[1][0] for row in rows("\n\n".join(text.split("\n\n")[1:]))[1:]] == ["5", "7"]  # percent and more
-    assert all(line[7].startswith("Student, test set of 450, Holm over 2: p 0.") for line in lines)
+    method = 'over seeds and 450 images, Holm over 2 of "comparison": p 0.'
+    assert [line[7].startswith(method) for line in lines] == [True, True]
     assert "fewer than 10 seeds show large differences only" in text
     assert "Both ran with the same torch, device and threads" in text
     assert "says nothing of others" in text
@@ -255,8 +256,9 @@ def changed(change):
         (changed(lambda run, _: run["metrics"]["one_shot"].update(accuracy=99.0)), "selected must be one_shot"),
         (
             changed(lambda run, _: [run["metrics"][each].update(accuracy=99.0) for each in store.STAGES[1:]]),
-            "comparison.md: it must be what its records give",
+            "one_shot accuracy must be that of its bits",
         ),
+        (changed(lambda run, _: run["seconds"].update(score=99.0)), "comparison.md: it must be what its records give"),
         (changed(lambda run, _: run["cost"]["pruned"].update(params=float("nan"))), "must be whole, and where it"),
         (changed(lambda run, other: run.update(seconds=other["seconds"])), "its seconds must be its own"),
         (changed(lambda run, _: run.pop("plan")), "must be whole, and where it belongs"),
@@ -302,6 +304,8 @@ against = "strangers-score"
 metric = "accuracy"
 op = ">="
 value = 0
+over = "seeds"
+family = "a test"
 """
 
 
@@ -538,7 +542,7 @@ def test_the_differences_of_a_comparison_are_one_family(compared):
     both = differences(*compared(two))
     alone = [differences(*compared({name: apart}))[0] for name, apart in two.items()]
     tested = [stats.ttest_1samp(apart, 0, alternative="greater").pvalue for apart in two.values()]
-    told = [float(each.verdict.method.rpartition("Holm over 2: p ")[2]) for each in both]
+    told = [float(each.verdict.method.rpartition(": p ")[2]) for each in both]
     assert told == [pytest.approx(2 * tested[0], rel=0.05), pytest.approx(tested[1], rel=0.05)]
     assert [(each.verdict.low, each.verdict.high) for each in both] == [
         (each.verdict.low, each.verdict.high) for each in alone
@@ -616,6 +620,20 @@ def test_a_method_that_misses_the_budget_is_neither_better_nor_ranked(compared):
     spec, runs = compared({"hap@50": apart["hap@50"]})
     alone = page(spec, elsewhere(runs, "strangers-score@50", **missed))
     assert "Nothing can be concluded.\n\nYour method prunes less" in alone
+
+
+def test_a_method_brings_implants_and_updates_of_its_own(folder):
+    """In the place of a case that has both, it has neither."""
+    text = SPEC.replace('implant = "hap', 'update = "hap.updates:least_squares"\nimplant = "hap')
+    path = write_spec(folder, text, "updated")
+    cases = comparison.baselines(load_spec(path), "method", "implanted")
+    runs = {case.name: [fake_run(case, 0)] for case in cases}
+    spec = load_spec(comparison.written(path, comparison.rival("strangers:method", {}, "method"), cases, runs))
+    path.unlink()
+    ((mine, theirs),) = comparison.pairs(spec)
+    assert (mine.score, mine.implant, mine.update) == (None, None, None)
+    assert theirs.implant is not None
+    assert theirs.update is not None
 
 
 @pytest.mark.parametrize("role", comparison.ROLES)
