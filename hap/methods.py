@@ -235,7 +235,7 @@ def obs(
     Greedy removal by the rise of the readers' squared error, their inverse covariances and weights brought up to date
     after each [Hassibi93; Kurtic23]. How many go of each layer is the `allocation`'s: the same share of each, or as
     many as the exact trace, or magnitude, would take. What no reader can make up for comes after all others; with
-    `inner` also the channels of residual streams.
+    `inner` also the channels of residual streams, by the allocation alone.
     """
     return _reconstructing(model, loss, batches, groups, "removal", allocation, ridge, inner, rng)
 
@@ -270,7 +270,8 @@ def _reconstructing(
     rng: torch.Generator,
 ) -> Scores:
     inputs = [inputs for inputs, _ in batches]
-    place = ranks(model, groups, inputs, loss.call, how=how, ridge=ridge)
+    streams = in_streams(groups) if inner else torch.zeros(len(groups), dtype=torch.bool)
+    place = ranks(model, groups, inputs, loss.call, how=how, ridge=ridge, only=~streams)
     if allocation == "uniform":
         amounts = uniform(model, loss, batches, groups, rng=rng)
     elif allocation == "trace":
@@ -283,7 +284,7 @@ def _reconstructing(
     for layer in _by_layer(groups):
         made_up = layer[place[layer] >= 0]
         scores[made_up[place[made_up].argsort()]] = amounts[made_up].sort().values
-    last = (place < 0) | (inner & in_streams(groups))
+    last = place < 0
     if bool(last.any()) and not bool(last.all()):
         scores[last] += scores.max() - amounts[last].min() + 1
     return scores
