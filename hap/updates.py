@@ -7,6 +7,7 @@ a number a row. One that takes `weighted` is given there the moments in which ea
 the loss in what the reader writes.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -55,15 +56,24 @@ def rescale(reader: nn.Module, kept: Tensor, moments: Moments, *, ridge: float =
 
 
 def curvature_weighted(
-    reader: nn.Module, kept: Tensor, moments: Moments, *, weighted: Moments | None = None, ridge: float = RIDGE
+    reader: nn.Module,
+    kept: Tensor,
+    moments: Moments,
+    *,
+    weighted: Moments | None = None,
+    share: float = 0.5,
+    ridge: float = RIDGE,
 ) -> Updated:
     """Least squares in which an error counts by the curvature of the loss where it is made: each sample and position.
 
-    The weight is the trace over the rows of the Gauss-Newton matrix in what the reader writes there. Our choice.
+    The weight is the trace over the rows of the Gauss-Newton matrix in what the reader writes there, divided by its
+    mean; `share` of it and 1 - `share` of 1, for a few samples have most of the curvature. Our choice.
     """
     if weighted is None:
         raise HapError("curvature_weighted: moments weighted by curvature expected, found none; apply() gives them")
-    return least_squares(reader, kept, weighted, ridge=ridge)
+    parts = [moments, weighted]
+    mixed = {name: torch.lerp(*(getattr(part, name) for part in parts), share) for name in ("x", "y", "xx", "xy", "yy")}
+    return least_squares(reader, kept, replace(moments, **mixed), ridge=ridge)
 
 
 def _rows(reader: nn.Module, moments: Moments) -> Float[Tensor, "groups rows cols"]:
