@@ -20,6 +20,9 @@ VENV = ROOT / ".venv"
 STAMP = VENV / ".hap-stamp"
 LEAST_BRANCHES = 95.0  # percent of hap/ that the tests must take
 WORKERS = min(4, os.cpu_count() or 1)
+SPREAD = ("-n", str(WORKERS), "--dist", "loadfile")  # a file to a worker, for its fixtures
+# a machine may forbid compiled files, and each of the hundred processes that tests start would compile everything
+KEPT = {"PYTHONDONTWRITEBYTECODE": ""}
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "judge", "tests"]
@@ -30,13 +33,21 @@ session = nox.session(venv_backend="none")  # not nox's own environments: they c
 
 @session
 def tests(session: nox.Session) -> None:
-    """Run the whole suite and state the branch coverage of hap/; with `-- ARGS`, run pytest with these alone."""
-    if session.posargs:
-        _run(session, "pytest", *session.posargs)
-        return
+    """Run the tests that are not slow; `-- --slow`: all; `-- --coverage`: all, measured; `-- ARGS`: pytest alone."""
+    if session.posargs == ["--coverage"]:
+        _covered(session)
+    elif session.posargs == ["--slow"]:
+        _run(session, "pytest", *SPREAD, "-m", "slow or not slow")
+    else:
+        _run(session, "pytest", *(session.posargs or SPREAD))
+
+
+def _covered(session: nox.Session) -> None:
+    """The tests, then the slow ones, and the branch coverage of hap/ over both."""
     _run(session, "coverage", "erase")
-    # not pytest-cov: `-p hap.harness.plugin` imports hap before that plugin could measure it
-    _run(session, "coverage", "run", "-m", "pytest", "-n", str(WORKERS))
+    for marked in ("not slow", "slow"):
+        # not pytest-cov: `-p hap.harness.plugin` imports hap before that plugin could measure it
+        _run(session, "coverage", "run", "-m", "pytest", *SPREAD, "-m", marked)
     _run(session, "coverage", "combine", "--quiet")
     _run(session, "coverage", "report")
     _run(session, "coverage", "json", "--quiet", "-o", ".coverage-branches.json")
@@ -98,7 +109,7 @@ def nightly(session: nox.Session) -> None:
 
 
 def _run(session: nox.Session, *command: str) -> None:
-    session.run(_python(session), "-m", *command, external=True)
+    session.run(_python(session), "-m", *command, external=True, env=KEPT)
 
 
 def _python(session: nox.Session) -> str:

@@ -35,8 +35,9 @@ from hap.harness.processes import ranks
 from hap.harness.task import Data, Task
 from hap.harness.tasks import imagenet
 from hap.harness.tasks.decoding import AHEAD, Pictures, View, stream
+from hap.harness.train.exact import exactly
 from hap.harness.train.recipe import Recipe
-from hap.harness.train.step import Stepper, exactly, optimiser
+from hap.harness.train.step import Stepper, optimiser
 from hap.hessian.accumulate import merge
 from hap.hessian.exact import exact
 from hap.hessian.losses import CrossEntropy

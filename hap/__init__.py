@@ -1,4 +1,7 @@
-"""Hessian-aware pruning and neural implants: the method of the paper, and nothing that meets files or time.
+"""Hessian-aware pruning and neural implants [Yu22]: functions on models, which neither read or write files nor print.
+
+The examples in docstrings are run by the tests, after `import torch`, `from torch import nn`, `from hap import *` and
+the names of the function's own module.
 
 References, cited as [key] in the docstrings:
 
@@ -14,6 +17,11 @@ References, cited as [key] in the docstrings:
 [Izenman75]    Izenman. Reduced-rank regression for the multivariate linear model. J. Multivariate Analysis 5, 1975.
 [Michel19]     Michel, Levy, Neubig. Are Sixteen Heads Really Better than One? NeurIPS 2019.
 [Molchanov19]  Molchanov, Mallya, Tyree, Frosio, Kautz. Importance Estimation for Neural Network Pruning. CVPR 2019.
+[Hassibi93]    Hassibi, Stork. Second order derivatives for network pruning: Optimal Brain Surgeon. NeurIPS 1993.
+[Xie21]        Xie, Fu, Tian, Zhou, Chen. Pruning with Compensation: Efficient Channel Pruning for Deep Convolutional
+               Neural Networks. arXiv 2108.13728, 2021; code: github.com/ZhouyangXie/pseudopruner.
+[Kurtic23]     Kurtic, Frantar, Alistarh. ZipLM: Inference-Aware Structured Pruning of Language Models. NeurIPS 2023.
+[An24]         An, Zhao, Yu, Tang, Wang. Fluctuation-based Adaptive Structured Pruning for LLMs. AAAI 2024.
 [Yule12]       Yule. On the methods of measuring association between two attributes. J. R. Stat. Soc. 75, 1912.
 [Holm79]       Holm. A simple sequentially rejective multiple test procedure. Scandinavian J. Statistics 6, 1979.
 [Efron87]      Efron. Better bootstrap confidence intervals. J. Am. Stat. Assoc. 82, 1987.
@@ -25,7 +33,7 @@ References, cited as [key] in the docstrings:
 [Zou08]        Zou, Donner. Construction of confidence limits about effect measures. Statistics in Medicine 27, 2008.
 [Mania19]      Mania, Miller, Schmidt, Hardt, Recht. Model similarity mitigates test set overuse. NeurIPS 2019.
 
-Names are resolved on first use, so that importing `hap` costs nothing and `hap --help` need not wait for torch.
+A name is imported on first use, so that `import hap` takes no time and `hap --help` does not wait for torch.
 """
 
 from importlib import import_module
@@ -35,7 +43,7 @@ __version__ = "0.1.0"
 
 
 class HapError(ValueError):
-    """A mistake of the user's: one line that names the thing, the rule and what was found."""
+    """A mistake of the user, in one line: the thing, the rule, and what was found instead."""
 
 
 _HOMES = {
@@ -49,6 +57,7 @@ _HOMES = {
     "plan": "Fate Plan",
     "surgery.apply": "apply mask",
     "implants": "merge",
+    "pruning": "prune",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [*_HOME, "HapError"]

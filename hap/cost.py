@@ -1,5 +1,8 @@
-"""What a model costs: parameters, MACs and seconds. One convention: MACs of convolutions and matrix products by
-weights, FLOPs = 2 MACs; activations, normalisation and the products inside attention are not counted."""
+"""The cost of a model: parameters, MACs and seconds.
+
+MACs are those of convolutions and of matrix products with weights; 1 MAC is 2 FLOPs. Activations, normalisation and the
+products inside attention are not counted.
+"""
 
 import time
 from collections.abc import Sequence
@@ -17,13 +20,21 @@ COUNTED = ("convolution", "addmm", "mm")
 
 
 def params(model: nn.Module) -> int:
-    """Numbers that are trained; a shared parameter counts once."""
+    """The number of parameters, frozen ones included; a shared parameter counts once.
+
+    >>> params(nn.Linear(4, 3))
+    15
+    """
     return sum(p.numel() for p in model.parameters())
 
 
 @torch.no_grad()
 def macs(model: nn.Module, example: Any, *, call: Call = forward) -> int:
-    """MACs of one forward pass of the example."""
+    """MACs of one forward pass of `example`, all samples together; the model runs in eval mode.
+
+    >>> macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 10, 10))  # 3 * 8 * 3 * 3 * 10 * 10
+    21600
+    """
     with evaluating(model), FlopCounterMode(display=False) as counter:
         call(model, example)
     flops = counter.get_flop_counts().get("Global", {})
@@ -34,18 +45,23 @@ def macs(model: nn.Module, example: Any, *, call: Call = forward) -> int:
 def latency(
     model: nn.Module, example: Any, batches: Sequence[int] = (1, 64), *, repeats: int = 10, call: Call = forward
 ) -> dict[int, float]:
-    """Median seconds of a forward pass at each batch size, after warm-up, with the device synchronised.
+    """Batch size -> median seconds of a forward pass in eval mode, with the device synchronised.
 
-    Three passes warm up and `repeats` count; where they would take over 3 seconds, one and three.
+    The batch repeats the first sample of `example`. Three passes warm up and `repeats` are counted; where these would
+    take more than 3 seconds, one warms up and three are counted.
+
+    >>> seconds = latency(nn.Linear(4, 3), torch.zeros(1, 4), batches=(1, 64), repeats=3)
+    >>> list(seconds), min(seconds.values()) > 0
+    ([1, 64], True)
     """
-    found = {}
+    medians = {}
     with evaluating(model):
         for batch in batches:
             inputs = tree_map(lambda t, b=batch: _repeated(t, b), example)
             long = _seconds(model, inputs, call) * (2 + repeats) > 3.0
-            took = [_seconds(model, inputs, call) for _ in range(3 if long else 2 + repeats)]
-            found[batch] = median(took if long else took[2:])
-    return found
+            seconds = [_seconds(model, inputs, call) for _ in range(3 if long else 2 + repeats)]
+            medians[batch] = median(seconds if long else seconds[2:])
+    return medians
 
 
 def _repeated(leaf: Any, batch: int) -> Any:

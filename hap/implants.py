@@ -1,6 +1,7 @@
-"""What stands in for the rows of moderate sensitivity: a pointwise convolution in place of a spatial one ([Yu22]).
+"""Implants: small modules that replace rows of moderate sensitivity, pointwise convolutions for spatial ones [Yu22].
 
-For an attention head it is a low-rank map of each position, beside the layers.
+For attention heads, an implant is a low-rank map of each position, which adds to the output of the layer behind them.
+An implant is a function (module, rows, inputs) -> module, or for heads (module, slots, inputs) -> module.
 """
 
 import copy
@@ -17,23 +18,28 @@ from hap.surgery.apply import Inputs, resize
 from hap.surgery.head_implants import Passing
 from hap.surgery.patch import Patch
 
-RIDGES = (1e-3, 1e-5, 1e-4, 1e-2, 1e-1, 1.0, 10.0)  # by the mean square of x; the first where nothing can choose
+RIDGES = (1e-3, 1e-5, 1e-4, 1e-2, 1e-1, 1.0, 10.0)  # in units of the mean variance of x; the first for a single batch
 
 
 def zero(module: nn.Module, rows: Tensor, inputs: Inputs | Passing) -> nn.Module:
-    """A pointwise convolution of zeros, or of heads a low-rank map of zeros, to be learnt in fine-tuning.
+    """A pointwise convolution of zeros, or for heads a low-rank map that gives zero; fine-tuning can train both.
 
-    # upstream: the published code slices the centre tap and then zeroes it, so this is what its results start from.
+    # upstream: the published code takes the centre tap and then sets it to zero, so its results start from this one.
+
+    >>> inputs = Inputs(lambda: iter([]), slots=torch.tensor([0, 2]), constant=True)
+    >>> implant = zero(nn.Conv2d(3, 8, 3, padding=1), torch.tensor([1, 4]), inputs)  # two rows from two channels
+    >>> tuple(implant.weight.shape), implant.weight.count_nonzero().item()
+    ((2, 2, 1, 1), 0)
     """
     if isinstance(inputs, Passing):
         assert isinstance(module, nn.Linear)
-        down, up = made = _two(module, inputs)
-        with torch.no_grad():  # of one factor alone, or neither would ever move
+        down, up = implant = _two(module, inputs)
+        with torch.no_grad():  # one factor is not zero, for else both gradients would be
             noise = torch.randn(inputs.rank, inputs.slots, generator=torch.Generator().manual_seed(0))
             down.get_parameter("weight").copy_(noise / inputs.slots**0.5)
             for p in up.parameters():
                 p.zero_()
-        return made
+        return implant
     pointwise = centre_tap(module, rows, inputs)
     for p in pointwise.parameters():
         nn.init.zeros_(p)
@@ -41,7 +47,13 @@ def zero(module: nn.Module, rows: Tensor, inputs: Inputs | Passing) -> nn.Module
 
 
 def centre_tap(module: nn.Module, rows: Tensor, inputs: Inputs) -> _ConvNd:
-    """A pointwise convolution with the trained centre of each kernel, as in the figure of [Yu22]."""
+    """A pointwise convolution with the trained weights at the centre of each kernel, as in the figure of [Yu22].
+
+    >>> module, inputs = nn.Conv2d(3, 8, 3, padding=1), Inputs(lambda: iter([]), torch.tensor([0, 2]), constant=True)
+    >>> implant = centre_tap(module, torch.tensor([1]), inputs)
+    >>> torch.equal(implant.weight[0, :, 0, 0], module.weight[1, [0, 2], 1, 1])
+    True
+    """
     assert isinstance(module, _ConvNd)
     pointwise = resize(copy.deepcopy(module), rows, inputs.slots)
     centre = pointwise.weight.detach()[:, :, *(slice(k // 2, k // 2 + 1) for k in module.kernel_size)]
@@ -53,11 +65,17 @@ def centre_tap(module: nn.Module, rows: Tensor, inputs: Inputs) -> _ConvNd:
 
 
 def least_squares(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
-    """The pointwise convolution nearest to the dense rows in mean squared error over the calibration inputs.
+    """The pointwise convolution nearest to the dense rows y in mean squared error over the calibration inputs.
 
-    With z the centre taps of the inputs that are kept (and a constant, where a bias is free), the weights are
-    E[y z^T] E[z z^T]^+ in closed form; so what is dropped is stood in for by what correlates with it, and its mean
-    goes into the bias, or into the BatchNorm that follows. Our choice: [Yu22] learns its implants from zero.
+    With z the kept inputs at the centre of the kernel (and a constant, where a bias is free), the weights are
+    E[y z^T] E[z z^T]^+, in closed form. So kept inputs replace those that are dropped as far as they correlate, and the
+    mean of the rest goes into the bias, or into the BatchNorm behind. HapError without calibration batches. Our choice:
+    [Yu22] trains its implants from zero.
+
+    >>> module, x = nn.Conv2d(1, 2, 3, padding=1, bias=False), torch.ones(1, 1, 1, 1)
+    >>> implant = least_squares(module, torch.tensor([1]), Inputs(lambda: iter([x]), torch.tensor([0]), False))
+    >>> torch.allclose(implant(x), module(x)[:, 1:])  # one pixel, of which only the centre of the kernel counts
+    True
     """
     pointwise = centre_tap(module, rows, inputs)
     assert isinstance(module, _ConvNd)
@@ -65,7 +83,7 @@ def least_squares(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
     zz = zy = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for x in inputs.batches():
-            # what a pointwise convolution reads: one position for each of its outputs
+            # the input position of each output of a pointwise convolution
             taps = x[(slice(None), slice(None), *(slice(None, None, step) for step in module.stride))]
             z = _columns(taps.index_select(1, inputs.slots.to(x.device)))
             if inputs.constant:
@@ -81,11 +99,20 @@ def least_squares(module: nn.Module, rows: Tensor, inputs: Inputs) -> nn.Module:
 
 
 def low_rank(module: nn.Module, slots: Tensor, inputs: Passing) -> nn.Module:
-    """The map of the given rank from what heads read to what they add behind `module`, nearest in mean squared error.
+    """The map of rank `inputs.rank` from x, the input of heads, to y, what they add to the output of `module`.
 
-    Reduced-rank regression [Izenman75]: of the ridge regression of y on x the part in the leading eigenvectors of its
-    fitted values; the mean of y goes into the bias. The ridge is that of RIDGES which, fitted to the even batches,
-    predicts the odd ones best. Rank 0 is `mean`. Our choice: [Yu22] names a low-rank implant and does not say which.
+    `module`: the layer behind the heads; `slots`: those of its inputs that the heads write, so that y is the product of
+    these inputs and their columns. Nearest to y in mean squared error by reduced-rank regression [Izenman75]: the ridge
+    regression of y on x, projected on the leading eigenvectors of its fitted values; the mean of y goes into the bias.
+    The ridge is the value of RIDGES that, fitted to the batches 0, 2, ..., predicts the batches 1, 3, ... best. Rank 0
+    is `mean`. HapError without calibration batches. Our choice: [Yu22] names a low-rank implant and does not say which.
+
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> x, module = torch.randn(50, 4, generator=rng), nn.Linear(3, 2)
+    >>> c = x[:, :1] * torch.tensor([1.0, 2.0, 3.0])  # of rank 1
+    >>> implant = low_rank(module, torch.arange(3), Passing(lambda: iter([(x, c)]), slots=4, rank=1, constant=True))
+    >>> torch.allclose(implant(x), c @ module.weight.T, atol=0.02)
+    True
     """
     assert isinstance(module, nn.Linear)
     weight = module.weight.detach().double()[:, slots.to(module.weight.device)]
@@ -98,23 +125,31 @@ def low_rank(module: nn.Module, slots: Tensor, inputs: Passing) -> nn.Module:
     ridge = RIDGES[0]
     if halves[1].count and inputs.rank:
         how = inputs.rank, inputs.constant
-        ridge = min(RIDGES, key=lambda each: halves[1].error(*halves[0].solved(each, *how)))
-    made = _two(module, inputs)
+        ridge = min(RIDGES, key=lambda value: halves[1].error(*halves[0].solve(value, *how)))
+    implant = _two(module, inputs)
     with torch.no_grad():
-        for t, value in zip(made.parameters(), whole.solved(ridge, inputs.rank, inputs.constant), strict=False):
-            t.copy_(value)  # the last only where there is a bias
-    return made
+        for t, value in zip(implant.parameters(), whole.solve(ridge, inputs.rank, inputs.constant), strict=False):
+            t.copy_(value)  # the bias, the last value, only where there is one
+    return implant
 
 
 def mean(module: nn.Module, slots: Tensor, inputs: Passing) -> nn.Module:
-    """What heads add behind `module` on average, as a bias alone: free where the module has one."""
+    """The mean of what heads add to the output of `module`, as a bias only, which is free where the module has one.
+
+    Where it has none (`inputs.constant` is False), the implant gives zero. HapError without calibration batches.
+
+    >>> x, c, module = torch.zeros(2, 4), torch.tensor([[1.0], [3.0]]), nn.Linear(1, 2)
+    >>> implant = mean(module, torch.tensor([0]), Passing(lambda: iter([(x, c)]), slots=4, rank=1, constant=True))
+    >>> torch.allclose(implant(x)[0], 2 * module.weight[:, 0])
+    True
+    """
     return low_rank(module, slots, dataclasses.replace(inputs, rank=0))
 
 
 def _two(module: nn.Linear, inputs: Passing) -> nn.Sequential:
-    """Two linear layers of the rank between them, unfilled; for rank 0 only the bias of the second says anything."""
+    """Two linear layers, slots -> rank -> rows, not initialised; for rank 0, only the bias has numbers."""
     dtype = module.weight.dtype
-    with torch.device("meta"), warnings.catch_warnings():  # unfilled, so that no global seed is drawn from
+    with torch.device("meta"), warnings.catch_warnings():  # so that no weights are drawn from the global seed
         warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
         down = nn.Linear(inputs.slots, inputs.rank, bias=False, dtype=dtype)
         up = nn.Linear(inputs.rank, module.out_features, bias=inputs.constant, dtype=dtype)
@@ -122,7 +157,7 @@ def _two(module: nn.Linear, inputs: Passing) -> nn.Sequential:
 
 
 class _Moments:
-    """Sums of products of x, 1 and y over positions: all that regressions of y on x need."""
+    """Sums over positions of the products of x, 1 and y, from which every regression of y on x follows."""
 
     def __init__(self, slots: int, rows: int, gram: Tensor | None = None) -> None:
         size = slots + 1 + rows
@@ -130,39 +165,48 @@ class _Moments:
 
     @property
     def count(self) -> int:
-        """How many positions there were."""
+        """The number of positions."""
         return int(self.gram[self.slots, self.slots])
 
     def add(self, x: Float[Tensor, "positions slots"], y: Float[Tensor, "positions rows"]) -> None:
-        """Takes in some positions."""
+        """Add the products of these positions."""
         z = torch.cat([x, torch.ones_like(x[:, :1]), y], 1)
         self.gram += (z.T @ z).to(self.gram)
 
-    def solved(self, ridge: float, rank: int, constant: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The two factors, [rank, slots] and [rows, rank], and the constant [rows], of the best map of this rank."""
+    def solve(self, ridge: float, rank: int, constant: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The best map of this rank: two factors, [rank, slots] and [rows, rank], and the constant [rows].
+
+        `ridge`: in units of the mean variance of x; `constant`: whether the map may have a constant.
+        """
         d = self.slots
         moments = self.gram / self.gram[d, d]
         centre = moments[d] * constant
         c = moments - torch.outer(centre, centre)
-        # where x does not vary, as in a single position, there is nothing to solve
+        # the second term keeps the system solvable where x does not vary, as in a single position
         scale = (ridge * c[:d, :d].trace() + 1e-12 * moments[:d, :d].trace()) / d
         xx = c[:d, :d] + scale.clamp_min(1e-300) * torch.eye(d, dtype=c.dtype)
         full = torch.linalg.solve(xx, c[:d, d + 1 :])
         up = torch.linalg.eigh(full.T @ xx @ full).eigenvectors[:, max(0, full.shape[1] - rank) :]
-        up = nn.functional.pad(up, (0, rank - up.shape[1]))  # a rank beyond the width adds nothing
+        up = nn.functional.pad(up, (0, rank - up.shape[1]))  # a rank above the number of rows adds zeros
         down = (full @ up).T
         return down, up, centre[d + 1 :] - up @ (down @ centre[:d])
 
     def error(self, down: Tensor, up: Tensor, shift: Tensor) -> float:
-        """The mean squared error of a map over these positions."""
+        """The mean over positions of the squared error of the map down, up, shift, summed over rows."""
         left = torch.cat([-up @ down, -shift[:, None], torch.eye(len(up), dtype=up.dtype)], 1)
         return float((left @ self.gram * left).sum() / self.count)
 
 
 def merge(module: nn.Module) -> nn.Module:
-    """One ordinary convolution equal to a Patch with implants: the 1x1 kernels sit at the centre of zeros.
+    """One ordinary convolution that computes what a Patch with implants does: 1x1 kernels are padded with zeros.
 
-    Raises HapError for a Patch that is not of convolutions. Merging gives up the implants' saving.
+    It has the cost of the dense rows again. HapError for a module that is not a Patch of convolutions.
+
+    >>> dense, point = nn.Conv2d(3, 2, 3, padding=1), nn.Conv2d(3, 1, 1)
+    >>> patch = Patch([dense, point], places=torch.tensor([0, 2, 1]), take=torch.arange(3), axis=1, given=3, width=3)
+    >>> conv, x = merge(patch), torch.ones(1, 3, 4, 4)
+    >>> type(conv).__name__, torch.allclose(conv(x), patch(x), atol=1e-6)
+    ('Conv2d', True)
     """
     if not isinstance(module, Patch) or not all(isinstance(part, _ConvNd) for part in module.parts):
         raise HapError(f"merge: a Patch of convolutions expected, found {type(module).__name__}")

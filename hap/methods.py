@@ -1,6 +1,7 @@
-"""Scores: one number a group, higher means keep. A stranger's score is a function of the same signature.
+"""Scores: one number for each group; groups of high score are kept.
 
-(model, loss, batches, groups, *, rng, **options) -> scores. Nothing here knows budgets or surgery.
+A score is a function (model, loss, batches, groups, *, rng, **options) -> Float[Tensor, "groups"]; users can write one.
+`batches`: pairs (inputs, targets); `rng` draws all random numbers. Nothing here knows budgets or surgery.
 """
 
 import warnings
@@ -18,14 +19,16 @@ from hap.hessian.exact import exact
 from hap.hessian.hooks import measuring, ordinary, refuse_unfinite, tracked
 from hap.hessian.hutchinson import hutchinson
 from hap.hessian.losses import Batches, Loss, refuse_loss
+from hap.reconstruction import How, in_streams, ranks
 from hap.structure.groups import Groups, describe_group
 from hap.structure.heads import slot_groups
 from hap.structure.layers import axis, evaluating, weight_of
 from hap.surgery.masking import silence
+from hap.updates import RIDGE
 
 Scores = Float[Tensor, "groups"]
-Pruned = Callable[[Tensor], Tensor]  # which groups the budget would prune by these scores
-DETERMINED = 0.95  # of what is pruned, on which two halves of the probes must agree
+Pruned = Callable[[Tensor], Tensor]  # scores -> mask of the groups that the budget prunes
+DETERMINED = 0.95  # share of the pruned groups on which two halves of the probes must agree
 
 
 def hessian_trace(
@@ -46,18 +49,27 @@ def hessian_trace(
     halves: Callable[[Tensor], object] | None = None,
     merge: Callable[[Curvature], Curvature] | None = None,
 ) -> Scores:
-    """The loss that dropping a group costs to second order, its block of H replaced by its mean curvature.
+    """The increase of the loss, to second order, when a group is removed, with the mean curvature for its block of H.
 
-    s = Tr(H_pp) / (2 p) * ||w_p||^2, with p the number of weights of the group [Yu22, sec. 3]. `columns` and `share`
-    as in `exact`; `probes` and `block` as in `hutchinson`. `normalise`: within each layer, as `michel` is, or a global
-    order would empty the last layers of a transformer, of which one position counts. # paper: no word of it. `pruned`:
-    what the chosen budget prunes by given scores; a warning where the even and the odd probes do not agree on it, and
-    with `confidence` no more probes once they agree on this share. `halves`: takes the scores of either half instead of
-    the warning. `merge`: makes the curvature of all batches of that of these, where others measure the rest.
+    s = Tr(H_pp) / (2 p) * ||w_p||^2, with p the number of weights of the group [Yu22, sec. 3]; in units of the loss.
+    `columns` and `share` as in `exact`; `probes` and `block` as in `hutchinson`. `normalise`: divide by the norm of the
+    scores of a layer, as `michel` does; else a global order can empty the last layers of a transformer, where only one
+    position counts. # paper: does not mention it. `pruned`: scores -> mask of groups that the budget prunes; a warning
+    where the even and the odd probes do not agree on it. `confidence`: stop the probes when they agree on this share.
+    `halves`: called with the scores of both halves, instead of the warning. `merge`: called with the curvature of these
+    batches, returns that of all, where other processes measure the rest. HapError for another `curvature`.
     # upstream: 3 probes by default, and no 1/2, which changes no ranking.
+
+    >>> model, rng = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.Generator().manual_seed(0)
+    >>> _ = model[1].weight.data[:, 0].zero_()  # row 0 of the first layer has no effect
+    >>> x = torch.rand(8, 4, generator=rng)
+    >>> batches, groups = [(x, torch.arange(8) % 2)], couple(model, trace(model, x))
+    >>> scores = hessian_trace(model, CrossEntropy(), batches, groups, rng=rng)
+    >>> (scores > 0).tolist()
+    [False, True, True]
     """
     scale = groups.reduce(_weights(model, groups, lambda w: w.square())).cpu() / (2 * _size(model, groups))
-    # of heads the weights are few among all, and their columns count; of channels all are measured
+    # heads are made of few weights, and need columns; for channels, the weights of all layers are measured by row
     names, per = (None, "row") if groups.slot_group is None else (groups.weights(), "weight")
     within = partial(_within_layers, groups) if normalise else _as_it_is
     seen = None if pruned is None else lambda scores: pruned(within(scores))
@@ -85,7 +97,11 @@ def hessian_trace(
 
 
 def agree(one: Bool[Tensor, "groups"], other: Bool[Tensor, "groups"]) -> float:
-    """The share of the larger of two sets that is in the other too."""
+    """The share, 0 to 1, of the larger of two sets of groups that is also in the other.
+
+    >>> agree(torch.tensor([True, True, False]), torch.tensor([True, False, False]))
+    0.5
+    """
     return float((one & other).sum() / torch.maximum(one.sum(), other.sum()).clamp_min(1))
 
 
@@ -106,7 +122,13 @@ def magnitude(
 ) -> Scores:
     """Mean absolute weight (order 1) or root mean square weight (order 2), comparable across layers.
 
-    # paper: [Li17] sums within one layer; the mean is what makes layers of different width comparable.
+    HapError for another order. # paper: [Li17] sums within one layer; a mean makes layers of unequal width comparable.
+
+    >>> model = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[-1.0], [2.0], [3.0]]))
+    >>> groups = couple(model, trace(model, torch.zeros(1, 1)))
+    >>> magnitude(model, CrossEntropy(), [], groups, rng=torch.Generator())
+    tensor([1., 2., 3.])
     """
     if order not in (1, 2):
         raise HapError(f"magnitude: order 1 or 2 expected, found {order!r}")
@@ -116,7 +138,17 @@ def magnitude(
 
 @torch.inference_mode(mode=False)
 def taylor(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator) -> Scores:
-    """The squared first-order loss change when a group goes, (sum g w)^2, averaged over batches [Molchanov19]."""
+    """The squared first-order change of the loss when a group is removed, (sum g w)^2, mean over batches [Molchanov19].
+
+    g: the gradient of the mean loss of a batch. HapError where no batch has a target that counts.
+
+    >>> model, rng = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.Generator().manual_seed(0)
+    >>> _ = model[1].weight.data[:, 0].zero_()  # row 0 of the first layer has no effect
+    >>> x = torch.rand(8, 4, generator=rng)
+    >>> batches, groups = [(x, torch.arange(8) % 2)], couple(model, trace(model, x))
+    >>> (taylor(model, CrossEntropy(), batches, groups, rng=rng) > 0).tolist()
+    [False, True, True]
+    """
     refuse_loss(loss, "taylor", "mass")
     names = list(_weights(model, groups, lambda w: w))
     params = [model.get_parameter(name) for name in names]
@@ -137,12 +169,20 @@ def taylor(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rn
 def michel(
     model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator, normalise: bool = True
 ) -> Scores:
-    """The gradient of the loss by a head's gate, in absolute value: mean over positions of |<c, dL/dc>| [Michel19].
+    """The absolute gradient of the loss with respect to a gate on each head, mean of |<c, dL/dc>| [Michel19].
 
-    c is what the head writes at a position, before the output projection. With `normalise`, divided by the root of the
-    sum of squares over the heads of a layer. The mean is over the positions that the loss depends on at all.
-    # upstream: divides by the number of tokens, and in the last layer by that of sentences, of which one token counts:
-    the same positions. # upstream: of the mean loss of a batch, where samples of a smaller batch weigh more.
+    c: output of the head at a position, before the output projection; L: the loss summed over samples. The mean is over
+    the positions that the loss depends on. `normalise`: divide by the root of the sum of squares over the heads of a
+    layer. HapError where no group is read alone, or without batches. # upstream: divides by the number of tokens, and
+    in the last layer by that of sentences, of which one token counts: the same positions. # upstream: L is the mean
+    loss of a batch, so that samples of smaller batches weigh more.
+
+    >>> model, rng = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.Generator().manual_seed(0)
+    >>> _ = model[1].weight.data[:, 0].zero_()  # row 0 of the first layer has no effect
+    >>> x = torch.rand(8, 4, generator=rng)
+    >>> batches, groups = [(x, torch.arange(8) % 2)], couple(model, trace(model, x))
+    >>> (michel(model, CrossEntropy(), batches, groups, rng=rng) > 0).tolist()
+    [False, True, True]
     """
     refuse_loss(loss, "michel", "call", "total")
     of, total, count = slot_groups(groups), torch.zeros(len(groups)), torch.zeros(len(groups))
@@ -170,7 +210,17 @@ def michel(
 
 
 def ablation(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator) -> Scores:
-    """The loss that removing each group alone adds, measured: what the other scores estimate [Michel19, sec. 3.2]."""
+    """The measured increase of the mean loss without one group, which other scores estimate [Michel19, sec. 3.2].
+
+    A forward pass of all batches for each group. HapError without batches, and where a loss is not finite.
+
+    >>> model, rng = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.Generator().manual_seed(0)
+    >>> _ = model[1].weight.data[:, 0].zero_()  # row 0 of the first layer has no effect
+    >>> x = torch.rand(8, 4, generator=rng)
+    >>> batches, groups = [(x, torch.arange(8) % 2)], couple(model, trace(model, x))
+    >>> ablation(model, CrossEntropy(), batches, groups, rng=rng)[0]
+    tensor(0.)
+    """
     refuse_loss(loss, "ablation", "call", "total", "mass")
     batches = list(batches)
     if not batches:
@@ -199,30 +249,132 @@ def ablation(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, 
 
 
 def random(model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator) -> Scores:
-    """A score without information: the floor every method must beat."""
+    """Random numbers from 0 to 1: the baseline without any information about the model.
+
+    >>> model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.zeros(1, 4)
+    >>> random(model, CrossEntropy(), [], couple(model, trace(model, x)), rng=torch.Generator().manual_seed(0))
+    tensor([0.4963, 0.7682, 0.0885])
+    """
     return torch.rand(len(groups), generator=rng)
 
 
 def uniform(
     model: nn.Module, loss: Loss, batches: Batches, groups: Groups, *, rng: torch.Generator, order: int = 1
 ) -> Scores:
-    """The same fraction of every layer, its groups of smallest magnitude first.
+    """The rank by `magnitude` within the layer, from 0 to 1, so that a plan prunes the same share of every layer.
 
     A group of several layers counts in the first of them.
+
+    >>> model = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[-1.0], [2.0], [3.0]]))
+    >>> groups = couple(model, trace(model, torch.zeros(1, 1)))
+    >>> uniform(model, CrossEntropy(), [], groups, rng=torch.Generator())
+    tensor([0.1667, 0.5000, 0.8333])
     """
     scores = magnitude(model, loss, batches, groups, rng=rng, order=order)
+    places = torch.zeros_like(scores)
+    for layer in _by_layer(groups):
+        places[layer] = (scores[layer].argsort().argsort() + 0.5).to(places) / len(layer)
+    return places
+
+
+def obs(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    groups: Groups,
+    *,
+    rng: torch.Generator,
+    allocation: str = "uniform",
+    ridge: float = RIDGE,
+    inner: bool = False,
+) -> Scores:
+    """Within a layer, the order in which channels can be removed if the readers' other weights compensate for them.
+
+    Greedy: the next channel is the one whose removal increases the squared error of the readers' outputs least; after
+    each removal the inverse covariances and weights are updated [Hassibi93; Kurtic23]. `allocation` decides how many
+    go in each layer: "uniform" for the same share, "trace" or "magnitude" for as many as these scores take. `ridge`: in
+    units of the mean variance of a reader's inputs. Groups for which no reader can compensate have the highest scores;
+    with `inner`, also those of residual streams. HapError for another `allocation`.
+
+    >>> model, rng = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.Generator().manual_seed(0)
+    >>> _ = model[1].weight.data[:, 0].zero_()  # row 0 of the first layer has no effect
+    >>> x = torch.rand(8, 4, generator=rng)
+    >>> batches, groups = [(x, torch.arange(8) % 2)], couple(model, trace(model, x))
+    >>> obs(model, CrossEntropy(), batches, groups, rng=rng).argmin().item()
+    0
+    """
+    return _reconstructing(model, loss, batches, groups, "removal", allocation, ridge, inner, rng)
+
+
+def cap(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    groups: Groups,
+    *,
+    rng: torch.Generator,
+    allocation: str = "uniform",
+    ridge: float = RIDGE,
+    inner: bool = False,
+) -> Scores:
+    """As `obs`, but greedy selection: the next channel to keep explains most of what is left of the readers' outputs.
+
+    The ranking of [Xie21]. # upstream: has no ridge, and skips a channel where a Cholesky factor fails.
+
+    >>> model, rng = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), torch.Generator().manual_seed(0)
+    >>> _ = nn.init.eye_(model[0].weight), model[1].weight.data[:, 0].zero_()  # row 0 is input 0, and has no effect
+    >>> x = torch.randn(64, 3, generator=rng)
+    >>> groups = couple(model, trace(model, x))
+    >>> cap(model, CrossEntropy(), [(x, torch.arange(64) % 2)], groups, rng=rng).argmin().item()
+    0
+    """
+    return _reconstructing(model, loss, batches, groups, "selection", allocation, ridge, inner, rng)
+
+
+def _reconstructing(
+    model: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    groups: Groups,
+    how: How,
+    allocation: str,
+    ridge: float,
+    inner: bool,
+    rng: torch.Generator,
+) -> Scores:
+    inputs = [inputs for inputs, _ in batches]
+    place = ranks(model, groups, inputs, loss.call, how=how, ridge=ridge)
+    if allocation == "uniform":
+        amounts = uniform(model, loss, batches, groups, rng=rng)
+    elif allocation == "trace":
+        amounts = hessian_trace(model, loss, batches, groups, rng=rng)
+    elif allocation == "magnitude":
+        amounts = magnitude(model, loss, batches, groups, rng=rng)
+    else:
+        raise HapError(f"obs: allocation 'uniform', 'trace' or 'magnitude' expected, found {allocation!r}")
+    scores = amounts.clone()
+    for layer in _by_layer(groups):
+        made_up = layer[place[layer] >= 0]
+        scores[made_up[place[made_up].argsort()]] = amounts[made_up].sort().values
+    last = (place < 0) | (inner & in_streams(groups))
+    if bool(last.any()) and not bool(last.all()):
+        scores[last] += scores.max() - amounts[last].min() + 1
+    return scores
+
+
+def _by_layer(groups: Groups) -> list[Tensor]:
+    """The groups of each layer; a group of several layers is in the first of them."""
     row = torch.full((len(groups),), len(groups.row_group))
     of = groups.row_group
     row.scatter_reduce_(0, of[of >= 0], (of >= 0).nonzero()[:, 0], "amin")
-    ranks = torch.zeros_like(scores)
-    for s in groups.shapes.values():
-        layer = ((row >= s.first_row) & (row < s.first_row + s.rows)).nonzero()[:, 0]
-        ranks[layer] = (scores[layer].argsort().argsort() + 0.5).to(ranks) / max(1, len(layer))
-    return ranks
+    shapes = groups.shapes.values()
+    found = [((row >= s.first_row) & (row < s.first_row + s.rows)).nonzero()[:, 0] for s in shapes]
+    return [layer for layer in found if len(layer)]
 
 
 def _within_layers(groups: Groups, scores: Scores) -> Scores:
-    """Divided by the root of the sum of squares over the groups of a layer, the first that reads them alone."""
+    """The scores, divided by the root of the sum of squares over groups that the same layer reads alone."""
     of, layer = slot_groups(groups), torch.full((len(groups),), len(groups.shapes))
     for i, s in reversed(list(enumerate(groups.shapes.values()))):
         reads = of[s.slots_at]
@@ -236,7 +388,7 @@ def _as_it_is(scores: Scores) -> Scores:
 
 
 def _weights(model: nn.Module, groups: Groups, function: Any) -> dict[str, Tensor]:
-    """A function of each weight that the groups are made of, by parameter name."""
+    """Parameter name -> function(weight), for all weights of which the groups are made."""
     names = [weight_of(name) for name, shape in groups.shapes.items() if shape.mixing]
     names = names if groups.slot_group is None else groups.weights()
     weights = {name: model.get_parameter(name).detach() for name in names}

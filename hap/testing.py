@@ -1,6 +1,6 @@
-"""The conformance kit: what a model, a score or an implant must satisfy to be trusted here.
+"""Checks of what a model, a score or an implant must satisfy; call them in the tests of your own method.
 
-Each check raises HapError with what was expected and found; use them in the tests of your own method.
+A check returns None, or raises HapError with the rule and what it found.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +25,15 @@ Score = Callable[..., Tensor]
 
 
 def random_plan(groups: Groups, rng: torch.Generator, drop: float = 0.4, implant: float = 0.2) -> Plan:
-    """A plan that drops and implants groups at random; one row of every layer is kept."""
+    """A plan that drops and implants groups at random, with these probabilities; one row of every layer is kept.
+
+    A layer with a frozen row keeps that one. `rng` draws all random numbers.
+
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> groups = couple(model, trace(model, torch.zeros(1, 4)))
+    >>> random_plan(groups, torch.Generator().manual_seed(0)).rows  # keep #, implant o, drop -
+    {'0': 'o#---#', '2': '##'}
+    """
     draw = torch.rand(len(groups), generator=rng)
     fates = torch.full((len(groups),), int(Fate.KEEP))
     fates[draw < drop + implant] = int(Fate.IMPLANT)
@@ -41,29 +49,47 @@ def random_plan(groups: Groups, rng: torch.Generator, drop: float = 0.4, implant
 def check_groups(
     model: nn.Module, example: Any, groups: Groups, *, call: Call = forward, trials: int = 8, tolerance: float = 1e-4
 ) -> None:
-    """Whether surgery and masking give one function, and cost what was foreseen, on `trials` random plans."""
+    """On `trials` random plans: the pruned and the masked model have equal outputs, and the planned cost is true.
+
+    `tolerance`: the largest difference of outputs, as a fraction of the largest output. HapError where outputs differ,
+    a model does not run, or the number of parameters is not the predicted one.
+
+    >>> model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.ones(2, 4)
+    >>> check_groups(model, x, couple(model, trace(model, x)))
+    """
     rng = torch.Generator().manual_seed(0)
     for trial in range(trials):
         chosen = random_plan(groups, rng, drop=(0.2, 0.5, 0.8)[trial % 3])
         small, oracle = apply(model, groups, chosen, zero).eval(), mask(model, groups, chosen).eval()
-        found, expected = _outputs("pruned", small, example, call), _outputs("masked", oracle, example, call)
-        shapes = [[tuple(t.shape) for t in each] for each in (found, expected)]
+        outputs = _outputs("pruned", small, example, call), _outputs("masked", oracle, example, call)
+        shapes = [[tuple(t.shape) for t in tensors] for tensors in outputs]
         if shapes[0] != shapes[1]:
             raise HapError(
                 f"check_groups: outputs of the masked model's shapes {shapes[1]} expected, found {shapes[0]}"
             )
-        one, other = (torch.cat([t.flatten() for t in each]) for each in (found, expected))
+        one, other = (torch.cat([t.flatten() for t in tensors]) for tensors in outputs)
         gap = float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
         if not gap <= tolerance:
             refuse_random(oracle, example, call)
             raise HapError(f"check_groups: surgery and masking differ by {gap:.1e} relative, {tolerance:.0e} allowed")
         left = planned(groups, chosen.fates(groups)).params
         if left != cost.params(small):
-            raise HapError(f"check_groups: {left} parameters foreseen, {cost.params(small)} found")
+            raise HapError(f"check_groups: {left} parameters predicted, found {cost.params(small)}")
 
 
 def check_score(score: Score, model: nn.Module, loss: Loss, batches: Iterable[Any], groups: Groups) -> None:
-    """Whether a score is one finite number a group, repeats under a seed, and leaves the model as it was."""
+    """A score is one finite number per group, is the same for the same seed, and does not change the model.
+
+    `batches`: pairs of inputs and targets; `groups`: those of `model`. HapError where one of these rules is broken.
+
+    >>> from hap.methods import magnitude
+    >>> model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.ones(2, 4)
+    >>> batches, groups = [(x, torch.tensor([0, 1]))], couple(model, trace(model, x))
+    >>> check_score(magnitude, model, CrossEntropy(), batches, groups)
+    >>> check_score(lambda *args, rng: torch.zeros(3), model, CrossEntropy(), batches, groups)
+    Traceback (most recent call last):
+    hap.HapError: check_score: 6 finite numbers expected, found (3,) or not finite
+    """
     batches = list(batches)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
@@ -85,39 +111,53 @@ def check_score(score: Score, model: nn.Module, loss: Loss, batches: Iterable[An
 
 @torch.no_grad()
 def check_implant(implant: Implant, module: nn.Module, x: Tensor) -> None:
-    """Whether an implant writes the rows it is asked for, at the places of the module, and leaves the module alone."""
+    """An implant gives the rows asked for, at the output positions of the module, and does not change the module.
+
+    `x`: input of the module, [batch, channels, ...]. HapError where one of these rules is broken.
+
+    >>> from hap.implants import centre_tap
+    >>> module, x = nn.Conv2d(3, 8, 3, padding=1), torch.ones(2, 3, 5, 5)
+    >>> check_implant(centre_tap, module, x)
+    >>> check_implant(lambda module, rows, inputs: nn.Conv2d(len(inputs.slots), 1, 1), module, x)
+    Traceback (most recent call last):
+    hap.HapError: check_implant: output of shape (2, 8, 5, 5) expected, found (2, 1, 5, 5)
+    """
     before = {name: value.clone() for name, value in module.state_dict().items()}
     y = module(x)
     for rows, slots in ((torch.tensor([0]), torch.arange(x.shape[1])), (torch.arange(y.shape[1]), torch.tensor([0]))):
-        made = implant(module, rows, Inputs(lambda: iter([x]), slots, True))
+        small = implant(module, rows, Inputs(lambda: iter([x]), slots, True))
         shape = (y.shape[0], len(rows), *y.shape[2:])
         try:
-            found = made(x.index_select(1, slots)).shape
-        except Exception as error:  # whatever a stranger's forward raises
-            raise HapError(f"check_implant: it does not run ({failure(error, made)})") from error
-        if tuple(found) != shape:
-            raise HapError(f"check_implant: output of shape {shape} expected, found {tuple(found)}")
+            found = tuple(small(x.index_select(1, slots)).shape)
+        except Exception as error:  # an implant is foreign code and may raise anything
+            raise HapError(f"check_implant: it does not run ({failure(error, small)})") from error
+        if found != shape:
+            raise HapError(f"check_implant: output of shape {shape} expected, found {found}")
     if any(not torch.equal(value, before[name]) for name, value in module.state_dict().items()):
         raise HapError("check_implant: the module was changed; build a new one")
 
 
 @torch.no_grad()
 def check_head_implant(implant: Implant, module: nn.Linear, x: Tensor, c: Tensor, rank: int = 2) -> None:
-    """Whether an implant of heads maps positions of `x` to what `module` adds for some slots of `c`, within its rank.
+    """An implant of heads gives the outputs of `module` from `x`, within its rank, and does not change the module.
 
-    `x`: [positions, slots], what the heads read; `c`: [positions, columns], what the module behind them reads.
+    `x`: [positions, slots], input of the heads; `c`: [positions, columns], input of `module`, the layer behind them.
+    HapError where one of these rules is broken.
+
+    >>> from hap.implants import low_rank
+    >>> check_head_implant(low_rank, nn.Linear(6, 5), x=torch.ones(9, 4), c=torch.ones(9, 6))
     """
     before = {name: value.clone() for name, value in module.state_dict().items()}
     passing = Passing(lambda: iter([(x, c)]), x.shape[1], rank, module.bias is not None)
     for slots in (torch.tensor([0]), torch.arange(c.shape[1])):
-        made = implant(module, slots, passing)
+        small = implant(module, slots, passing)
         try:
-            found = tuple(made(x).shape)
-        except Exception as error:  # whatever a stranger's forward raises
-            raise HapError(f"check_head_implant: it does not run ({failure(error, made)})") from error
+            found = tuple(small(x).shape)
+        except Exception as error:  # an implant is foreign code and may raise anything
+            raise HapError(f"check_head_implant: it does not run ({failure(error, small)})") from error
         if found != (len(x), module.out_features):
             raise HapError(f"check_head_implant: {(len(x), module.out_features)} numbers expected, found {found}")
-        weights, most = sum(p.numel() for p in made.parameters() if p.dim() > 1), rank * (x.shape[1] + found[1])
+        weights, most = sum(p.numel() for p in small.parameters() if p.dim() > 1), rank * (x.shape[1] + found[1])
         if weights > most:
             raise HapError(f"check_head_implant: at most the {most} weights of rank {rank} expected, found {weights}")
     if any(not torch.equal(value, before[name]) for name, value in module.state_dict().items()):
@@ -125,13 +165,13 @@ def check_head_implant(implant: Implant, module: nn.Linear, x: Tensor, c: Tensor
 
 
 def _outputs(which: str, model: nn.Module, example: Any, call: Call) -> list[Tensor]:
-    """The floating-point tensors of a forward pass; HapError, with the module and the cause, where it fails."""
+    """The floating-point tensors in the output of a model; HapError, with the module and the cause, where it fails."""
     try:
         output = call(model, example)
-    except Exception as error:  # whatever a stranger's forward raises
+    except Exception as error:  # a model is foreign code and may raise anything
         raise HapError(f"check_groups: the {which} model does not run ({failure(error, model)})") from error
-    found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
-    if not found:
+    outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
+    if not outputs:
         kind = type(output).__name__
         raise HapError(f"check_groups: a floating-point tensor in the output expected, found a {kind}; pass call=")
-    return found
+    return outputs

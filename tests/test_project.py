@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from hap import CrossEntropy, couple, trace
-from hap.harness.models.saved import load_model
+from hap.harness.models import load_model
 from hap.harness.run import run
 from hap.harness.spec.spec import load_spec
 from hap.testing import check_groups, check_implant, check_score
@@ -144,6 +144,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_on_heads_of_the_readme_runs_and_saves(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "bert.py").write_text(_block(LIBRARY, "bert.py"))

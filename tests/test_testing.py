@@ -160,7 +160,7 @@ def test_surgery_that_forgets_a_row_is_found(monkeypatch):
 def test_surgery_that_removes_nothing_is_found_by_its_parameters(monkeypatch):
     model, batches, groups = setting("mlp")
     monkeypatch.setattr(testing, "apply", lambda model, groups, chosen, implant: testing.mask(model, groups, chosen))
-    with pytest.raises(HapError, match=r"check_groups: \d+ parameters foreseen, \d+ found"):
+    with pytest.raises(HapError, match=r"check_groups: \d+ parameters predicted, found \d+"):
         check_groups(model, batches[0][0], groups)
 
 

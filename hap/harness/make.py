@@ -7,7 +7,7 @@ lock, which the system releases when a process dies, keeps two processes from ma
 import shlex
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -70,10 +70,10 @@ def alone(path: Path, case: Case, seed: int, results: Path) -> str:
     return shlex.join(["hap", "record", str(path), case.name, str(seed), *where])
 
 
-def make(jobs: Iterable[Job], executor: Executor, step: Step) -> Iterator[tuple[Job, Broken]]:
+def make(jobs: Iterable[Job], executor: Executor, step: Step, broke: Callable[[Job, Broken], None]) -> None:
     """Makes the records of the jobs; those that another process is making come last, and are waited for.
 
-    Yields the jobs that broke, each of which was tried once.
+    Each job is tried once; `broke` is called with one that broke, and why, and the others go on.
     """
     waiting = deque(jobs)
     while waiting:
@@ -82,7 +82,7 @@ def make(jobs: Iterable[Job], executor: Executor, step: Step) -> Iterator[tuple[
             with step(job.name) as say:
                 attempt(job, executor, say)
         except Broken as error:
-            yield job, error
+            broke(job, error)
 
 
 def attempt(job: Job, executor: Executor, say: Say = silent, work: Callable[..., Run] | None = None) -> Run:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from hap.plan import Plan, plan
 from hap.structure.groups import Groups, couple
 from hap.structure.heads import heads
 from hap.structure.tracing import trace
-from hap.surgery.apply import apply
+from hap.surgery.apply import added, apply
 from hap.testing import check_groups
 
 Method = Callable[..., tuple[nn.Module, Plan]]  # (task, groups, budget, *, rng, **options)
@@ -50,7 +50,7 @@ def run(case: Case, seed: int, *, known: Known | None = None, say: Say = silent,
             pruned, chosen = timed("prune", by_method, case, seed, task, groups)
         else:
             chosen = timed("plan", plan, groups, score.scores, case.budget)
-            pruned = timed("apply", applied, task, groups, chosen, bound(case.implant))
+            pruned, chosen = timed("apply", applied, task, groups, chosen, bound(case.implant), bound(case.update))
         if case.recalibrate:
             recalibrate(pruned, task.batches, task.loss.call)
         start, rng = snapshot(pruned), generator(seed, "finetune")
@@ -60,12 +60,12 @@ def run(case: Case, seed: int, *, known: Known | None = None, say: Say = silent,
         return record(case, seed, task, chosen, score, curve, tests, timed.seconds)
 
 
-def one_shot(score: Callable[..., Any], implant: Any = None) -> Method:
-    """The method of the paper made of a score and an implant: score once, plan once, apply once."""
+def one_shot(score: Callable[..., Any], implant: Any = None, update: Any = None) -> Method:
+    """The method of the paper made of a score, an implant and an update: score once, plan once, apply once."""
 
     def method(task: Task, groups: Groups, budget: Any, *, rng: Any) -> tuple[nn.Module, Plan]:
         chosen = plan(groups, score(task.model, task.loss, task.batches, groups, rng=rng), budget)
-        return applied(task, groups, chosen, implant), chosen
+        return applied(task, groups, chosen, implant, update)
 
     return method
 
@@ -98,14 +98,15 @@ def by_method(case: Case, seed: int, task: Task, groups: Groups) -> tuple[nn.Mod
     return accepted(case.method.use, task, groups, case.budget, found)
 
 
-def applied(task: Task, groups: Groups, chosen: Plan, implant: Any) -> nn.Module:
-    """The model that a plan leaves, checked."""
+def applied(task: Task, groups: Groups, chosen: Plan, implant: Any, update: Any) -> tuple[nn.Module, Plan]:
+    """The model that a plan leaves, checked, and the plan with the biases that an update added."""
     inputs = [inputs for inputs, _ in task.batches]
-    pruned = apply(task.model, groups, chosen, implant, batches=inputs, call=task.loss.call)
+    pruned = apply(task.model, groups, chosen, implant, update, batches=inputs, call=task.loss.call, loss=task.loss)
+    chosen = replace(chosen, added=added(task.model, pruned)) if update is not None else chosen
     agree(task.name, task, pruned, chosen)
-    if implant is not None:
+    if implant is not None or update is not None:
         runs(task.name, task, pruned)
-    return pruned
+    return pruned, chosen
 
 
 def bound(ref: Ref | None) -> Any:

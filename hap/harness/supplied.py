@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -26,6 +27,7 @@ from hap.harness.processes.workers import Known
 from hap.harness.spec.functions import Ref
 from hap.harness.spec.spec import Case
 from hap.harness.task import Task
+from hap.harness.train.exact import determined, undetermined
 from hap.harness.train.loop import generator
 from hap.harness.train.step import memory_ran_out
 from hap.hessian.accumulate import Curvature, merge
@@ -105,19 +107,27 @@ def _known_scores(case: Case, ref: Ref, purpose: str, task: Task, groups: Groups
 
 def _scores(ref: Ref, task: Task, groups: Groups, rng: torch.Generator, pruned: Callable[[Tensor], Tensor]) -> Scored:
     """What a function gives that is called as a score, with what it asks for by the names of its parameters."""
-    halves, function, start = list[Tensor](), ref.load(), time.perf_counter()
+    halves, told, function, start = list[Tensor](), list[str](), ref.load(), time.perf_counter()
     offered = {"pruned": pruned, "halves": halves.append, "merge": _merged}
     given = {name: each for name, each in offered.items() if name in inspect.signature(function).parameters}
     batches = Share(task.batches, rng) if "merge" in given else task.batches  # then each rank measures its share
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        scores = function(task.model, task.loss, batches, groups, rng=rng, **given, **ref.options)
+        call = partial(function, task.model, task.loss, batches, groups, rng=rng, **given, **ref.options)
+        scores = determined(call, told.append, partial(_again, rng, rng.get_state(), halves))
     if (kind := _unusable(scores)) is not None:
         raise HapError(f"{ref.use}: a tensor of {len(groups)} real numbers expected, found {kind}")
     lines = [" ".join(str(each.message).split()) for each in heard if issubclass(each.category, UserWarning)]
+    lines = told + [line for line in lines if undetermined(line) is None]
     found = Scored(scores, halves[0] if halves else None, lines, time.perf_counter() - start, {})
     # else two kinds of GPU could round to two rankings
     return ranks.shared(lambda: found._replace(scores=found.scores.cpu())) if ranks.world() > 1 else found
+
+
+def _again(rng: torch.Generator, state: Tensor, halves: list[Tensor]) -> None:
+    """Before a score is called once more."""
+    rng.set_state(state)
+    halves.clear()
 
 
 def _pruned(case: Case, groups: Groups, scores: Tensor) -> Tensor:
@@ -214,9 +224,12 @@ def short(budget: Budget, removed: Mapping[str, float]) -> bool:
 
 
 def agree(name: str, task: Task, pruned: nn.Module, chosen: Plan) -> None:
-    """Raises HapError where ranks have different plans, or the model lacks more or fewer parameters than its plan."""
+    """Raises HapError where ranks have different plans, or the model lacks more or fewer parameters than its plan,
+    which says what was added."""
     ranks.agreed(f"{task.name}: the plan", json.dumps(chosen.to_json()))
-    _same(name, "parameters", chosen.removed["params"], 1 - params(pruned) / params(task.model))
+    whole = params(task.model)
+    planned = chosen.removed["params"] - sum(chosen.added.values()) / whole
+    _same(name, "parameters", planned, 1 - params(pruned) / whole)
 
 
 def runs(name: str, task: Task, pruned: nn.Module) -> None:
@@ -249,7 +262,7 @@ def _planned(groups: Groups, budget: Budget, given: Plan) -> Plan:
         raise HapError(f"a plan that JSON can hold expected, found {type(error).__name__}: {error}") from None
     asked = {name: value for name, value in asdict(budget).items() if value is not None}
     more = {name: value for name, value in read.budget.items() if name not in UNITS}
-    return Plan.of(groups, read.fates(groups), more | asked)
+    return replace(Plan.of(groups, read.fates(groups), more | asked), added=read.added)
 
 
 def _same(name: str, what: str, planned: float, found: float) -> None:

@@ -1,4 +1,4 @@
-"""What curvature adds up over samples, and what comes of it: a diagonal with its error; shards of it add up."""
+"""The diagonal of the loss Hessian with its standard error: sums over samples, and the combination of shards."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,38 +17,46 @@ EXACT, GAUSS_NEWTON, ESTIMATE = "exact Hessian diagonal", "Gauss-Newton diagonal
 
 @dataclass(frozen=True)
 class Curvature:
-    """A diagonal by parameter name, with what it is, how sure it is and what it cost."""
+    """The diagonal of the Hessian of a mean loss, by parameter name, with its kind, its standard error and its cost.
 
-    diagonal: Mapping[str, Tensor]  # one number a weight, or a row
-    stderr: Mapping[str, Tensor]  # of it; 0 where nothing was drawn, an upper bound where one column was
+    Units: those of the loss per square of the parameter.
+
+    >>> model = nn.Linear(2, 1)
+    >>> curvature = exact(model, SquaredError(), [(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1))])
+    >>> curvature.kind, curvature.diagonal["weight"].round(decimals=3).tolist()  # 2 x^2
+    ('exact Hessian diagonal', [[2.0, 8.0]])
+    """
+
+    diagonal: Mapping[str, Tensor]  # one number per element of the parameter, or its sum over each row
+    stderr: Mapping[str, Tensor]  # its standard error: 0 where nothing was drawn, a bound for drawn columns
     kind: str  # "exact Hessian diagonal", "Gauss-Newton diagonal" or "Hutchinson estimate"
-    trace: Float[Tensor, "groups"] | None = None  # summed over the weights of each group, when groups were given
+    trace: Float[Tensor, "groups"] | None = None  # the sum over the weights of each group, if there are groups
     trace_stderr: Float[Tensor, "groups"] | None = None
-    drawn: float = 0.0  # share of the whole trace that was drawn at random
-    drawn_stderr: float = 0.0  # of that share, an upper bound
-    mass: float = 1.0  # of the samples: their number, or the sum of their class weights
+    drawn: float = 0.0  # share of the whole trace that was drawn at random, 0 to 1
+    drawn_stderr: float = 0.0  # upper bound of the standard error of that share
+    mass: float = 1.0  # the divisor of the mean loss over all samples, see Loss.mass
     samples: int = 0
-    forwards: int = 0  # passes over each sample; one backward costs about two forwards
+    forwards: int = 0  # passes over each sample; a backward pass costs about two forward passes
     backwards: int = 0
     probes: int = 0
-    halves: Float[Tensor, "2 groups"] | None = None  # the trace by every other probe, to see how far probes agree
-    estimated: Sequence[str] = ()  # parameters of modules not known, left to probes
+    halves: Float[Tensor, "2 groups"] | None = None  # the trace from the odd and from the even probes, to compare them
+    estimated: Sequence[str] = ()  # parameters of modules that `exact` does not know, estimated by probes
 
 
 class Tally:
-    """Sums over samples of what `exact` needs for the diagonal and its error; they stay on the device."""
+    """Sums over samples from which `exact` computes a Curvature; they stay on the device of the outputs."""
 
     def __init__(self, groups: Groups | None) -> None:
-        """Nothing yet."""
+        """All sums are 0."""
         self.groups, self.linear = groups, True
         self.sums, self.fourths = dict[str, Tensor](), dict[str, Tensor]()
         self.mass, self.drawn, self.drawn2 = (torch.zeros((), dtype=torch.float64) for _ in range(3))
         self.samples, self.columns, self.widest = 0, 0, 0
         self.variance = torch.zeros(0 if groups is None else len(groups), dtype=torch.float64)
-        self.members = dict[str, tuple[Tensor, ...]]()  # of each layer: its grouped rows and columns, each with groups
+        self.members = dict[str, tuple[Tensor, ...]]()  # layer -> grouped rows, their groups; columns, their groups
 
     def begin(self, outputs: Tensor, mass: Tensor, columns: int, linear: bool) -> None:
-        """Open a chunk of samples."""
+        """Start a chunk: outputs and mass of its samples, number of columns, whether the model is piecewise linear."""
         device, n = outputs.device, len(outputs)
         for name in ("mass", "drawn", "drawn2", "variance"):
             setattr(self, name, getattr(self, name).to(device))
@@ -58,7 +66,7 @@ class Tally:
         self.by_sample = torch.zeros(n, dtype=torch.float64, device=device)
 
     def add(self, layer: str, name: str, squares: Squares) -> None:
-        """Take in the squares of one parameter of a layer."""
+        """Add the squared gradients of the parameter `name` of `layer` over the chunk."""
         self.sums[name] = self.sums[name] + squares.total if name in self.sums else squares.total
         if name not in self.fourths:
             self.fourths[name] = torch.zeros_like(squares.total)
@@ -77,14 +85,14 @@ class Tally:
                 self.by_group.index_add_(1, read_by, squares.across[:, columns].double())
 
     def end(self) -> None:
-        """Close the chunk."""
+        """Finish the chunk: add what its samples have drawn, and the variance of it."""
         # the variance of a sample's draw is at most its second moment, of which its square is an unbiased estimate
         self.variance += self.by_group.square().sum(0)
         self.drawn += self.by_sample.sum()
         self.drawn2 += self.by_sample.square().sum()
 
     def result(self) -> Curvature:
-        """The means over all samples."""
+        """The sums divided by the mass of all samples; HapError where there are no samples or their mass is 0."""
         if not self.sums:
             raise HapError("curvature: calibration batches expected, found none")
         if not (mass := float(self.mass)):
@@ -110,19 +118,20 @@ class Tally:
         if layer not in self.members:
             assert self.groups is not None
             shape, of = self.groups.shapes.get(layer), self.groups.slot_group
-            none = torch.empty(0, dtype=torch.long)  # inside an opaque module
+            none = torch.empty(0, dtype=torch.long)  # of a layer inside an opaque module
             owners = (self.groups.row_group[shape.rows_at] if shape else none, none)
             if shape and of is not None and shape.kernel == 1 and shape.conv_groups == 1:
                 owners = (owners[0], of[shape.slots_at])
-            held = [((each >= 0).nonzero()[:, 0], each[each >= 0]) for each in owners]
-            self.members[layer] = tuple(t.to(device) for pair in held for t in pair)
+            pairs = [((owner >= 0).nonzero()[:, 0], owner[owner >= 0]) for owner in owners]
+            self.members[layer] = tuple(t.to(device) for pair in pairs for t in pair)
         return self.members[layer]
 
 
 def merge(parts: Sequence[Curvature]) -> Curvature:
-    """The curvature of all samples from that of shards of them; shards are taken to have drawn independently.
+    """The Curvature of all samples from those of shards of them.
 
-    Means are weighted by mass, and errors added in squares. Raises HapError where the shards differ in what they hold.
+    Means are weighted by mass; standard errors add in squares, as of independent draws. HapError where the shards hold
+    different parameters, different kinds or, in part only, a trace of groups.
     """
     names = {tuple(part.diagonal) for part in parts}
     kinds = {part.kind for part in parts}
@@ -162,13 +171,16 @@ def merge(parts: Sequence[Curvature]) -> Curvature:
 
 
 def join(known: Curvature, rest: Curvature, per: str) -> Curvature:
-    """The curvature of two sets of parameters of one model, the second left to probes."""
+    """The Curvature of a model from `known` parameters, and the `rest`, by probes over the same samples.
+
+    `per`: as for `known`; with "row", `rest`, which has a number per weight, is summed over rows.
+    """
     diagonal = {name: v.flatten(1).sum(1) if per == "row" else v for name, v in rest.diagonal.items()}
-    # the probes of a row's weights are taken to be independent
+    # as if the estimates of the weights of a row were independent
     errors = {n: v.square().flatten(1).sum(1).sqrt() if per == "row" else v for n, v in rest.stderr.items()}
     traces = None if known.trace is None or rest.trace is None else known.trace + rest.trace
-    bars = [each.trace_stderr for each in (known, rest) if each.trace_stderr is not None]
-    whole = [sum(float(v.sum()) for v in each.values()) for each in (known.diagonal, diagonal)]
+    bars = [part.trace_stderr for part in (known, rest) if part.trace_stderr is not None]
+    whole = [sum(float(v.sum()) for v in part.values()) for part in (known.diagonal, diagonal)]
     left = whole[0] / sum(whole)
     return replace(
         known,
@@ -184,5 +196,5 @@ def join(known: Curvature, rest: Curvature, per: str) -> Curvature:
 
 
 def _weights(diagonal: Mapping[str, Tensor], groups: Groups) -> dict[str, Tensor]:
-    """Those of a diagonal that the groups are made of: no biases, no scales."""
+    """The part of a diagonal that belongs to weights of layers, of which groups are made: no biases."""
     return {name: diagonal[name] for layer in groups.shapes if (name := weight_of(layer)) in diagonal}

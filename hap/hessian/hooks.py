@@ -1,4 +1,4 @@
-"""A model made ready for derivatives: eval mode, only the wanted parameters differentiable, its layers watched."""
+"""A model prepared for derivatives: in eval mode, with gradients for the named parameters only, and hooks on layers."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,20 +14,25 @@ from torch.utils._pytree import tree_map
 from hap import HapError
 from hap.hessian.losses import Batches, Loss
 from hap.hessian.persample import even
+from hap.structure.kernels import sound
 from hap.structure.layers import Call, evaluating, first_tensor, is_mixing, refuse_hidden, uncompiled, weight_of
 
 
 class Seen(NamedTuple):
-    """What a layer read, what it wrote, and where in autograd's record."""
+    """Input and output of a layer in one forward pass."""
 
     x: Tensor
-    y: Tensor  # its shape and dtype alone
-    edge: GradientEdge
+    y: Tensor  # on the device "meta": shape and dtype, no numbers
+    edge: GradientEdge  # of the output, in the graph of autograd
 
 
 @contextmanager
 def measuring(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[dict[str, nn.Parameter]]:
-    """The named parameters, alone differentiable; by default the weights of all convolutions and linear layers."""
+    """Inside the block, only the named parameters, which it yields, require gradients, and the model is in eval mode.
+
+    Default: the weights of all convolutions and linear layers. HapError where there are none, and for parameters that
+    are computed from others, were made under torch.inference_mode, or are not finite.
+    """
     if names is None:
         names = [weight_of(name) for name, module in model.named_modules() if is_mixing(module)]
         if not names:
@@ -36,15 +41,15 @@ def measuring(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[
         layer, _, own = name.rpartition(".")
         if not isinstance(model.get_submodule(layer)._parameters.get(own), nn.Parameter):
             raise HapError(f"curvature: the {own} of {layer} is computed from others; make it a parameter first")
-    if made := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_inference()]:
-        raise HapError(f"curvature: {made[0]} was made under torch.inference_mode, so pass copy.deepcopy(model)")
+    if inference := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_inference()]:
+        raise HapError(f"curvature: {inference[0]} was made under torch.inference_mode, so pass copy.deepcopy(model)")
     refuse_unfinite("curvature", dict(model.named_parameters()))
     wanted = {name: model.get_parameter(name) for name in names}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for p, _ in flags:
-            p.requires_grad_(any(p is each for each in wanted.values()))
-        with torch.enable_grad(), uncompiled(model), evaluating(model), _affine(model):
+            p.requires_grad_(any(p is parameter for parameter in wanted.values()))
+        with torch.enable_grad(), uncompiled(model), evaluating(model), _affine(model), sound(model):
             yield wanted
     finally:
         for p, needed in flags:
@@ -52,14 +57,14 @@ def measuring(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[
 
 
 def refuse_without_layers(model: nn.Module) -> NoReturn:
-    """HapError for a model in which no layer is seen, with what to do where it hides them."""
+    """HapError for a model without a mixing layer; with advice where a module hides its layers."""
     for name, module in model.named_modules():
         refuse_hidden(name, module)
     raise HapError(f"curvature: {type(model).__name__} has no convolution and no linear layer")
 
 
 def refuse_unfinite(who: str, values: Mapping[str, Tensor]) -> None:
-    """HapError with the name of the first of these tensors that holds NaN or an infinity; one wait for the device."""
+    """HapError with the name of the first of these tensors that holds NaN or infinity; it waits for the device once."""
     known = {name: t.detach() for name, t in values.items() if t.is_floating_point()}
     flags = [t.isfinite().all() for t in known.values()]
     if not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()):
@@ -70,7 +75,7 @@ def refuse_unfinite(who: str, values: Mapping[str, Tensor]) -> None:
 
 
 def refuse_unfinite_diagonal(who: str, model: nn.Module, diagonal: Mapping[str, Tensor]) -> None:
-    """HapError where a diagonal is not finite, with the buffer that may be the cause."""
+    """HapError where a diagonal is not finite, with the name of a buffer that holds NaN, if one does."""
     try:
         refuse_unfinite(f"{who}, diagonal", diagonal)
     except HapError as error:
@@ -83,14 +88,17 @@ def refuse_unfinite_diagonal(who: str, model: nn.Module, diagonal: Mapping[str, 
 def see(
     model: nn.Module, loss: Loss, inputs: Any, layers: Mapping[str, nn.Module], sink: Callable[[str, Tensor], None]
 ) -> tuple[Tensor, dict[str, Seen]]:
-    """The outputs, and what each layer saw; in a backward pass, `sink` gets the gradient of what each layer wrote."""
+    """The outputs of the model, and input and output of each layer by name; HapError where a layer is called twice.
+
+    In a backward pass, sink(name, gradient) gets the gradient of each layer's output.
+    """
     seen: dict[str, Seen] = {}
 
     def keep(name: str, _: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
         if name in seen:
             raise HapError(f"curvature: {name} is called twice in one pass; per-sample gradients of shared weights mix")
         seen[name] = Seen(first_tensor(args, kwargs).detach(), y.detach().to("meta"), get_gradient_edge(y))
-        y.register_hook(partial(sink, name))  # type: ignore[no-untyped-call]  # now: a following op in place would put its own gradient there
+        y.register_hook(partial(sink, name))  # type: ignore[no-untyped-call]  # here, before an op in place puts its own gradient there
 
     handles = [m.register_forward_hook(partial(keep, name), with_kwargs=True) for name, m in layers.items()]
     try:
@@ -101,18 +109,18 @@ def see(
 
 
 def tracked(model: nn.Module, call: Call, inputs: Any, layers: Collection[str]) -> tuple[Any, dict[str, Tensor]]:
-    """The outputs, and what each layer read, as part of autograd's record: derivatives by it can be taken.
+    """The outputs of the model, and by name the inputs of `layers`, which are in the graph of autograd.
 
-    No parameter is differentiable inside. A layer that is called twice is refused by name.
+    No parameter requires a gradient in this pass. HapError where a layer is called twice.
     """
     reads: dict[str, Tensor] = {}
 
     def keep(name: str, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if name in reads:
             raise HapError(f"{name} is called twice in one pass, so what it reads is not one tensor")
-        found = first_tensor(args, kwargs)
-        # what comes from an earlier layer stays as it is, so that derivatives pass through it
-        reads[name] = found if found.requires_grad else found.detach().requires_grad_()
+        x = first_tensor(args, kwargs)
+        # an input that depends on an earlier layer stays in the graph, so that gradients reach that layer
+        reads[name] = x if x.requires_grad else x.detach().requires_grad_()
         return (reads[name],), {}
 
     handles = [
@@ -128,21 +136,21 @@ def tracked(model: nn.Module, call: Call, inputs: Any, layers: Collection[str]) 
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Where in memory lies what autograd saves, and how many bytes it has; the model's own tensors left out."""
+    """Yields {address: bytes} of the memory that autograd saves inside the block, without the model's own tensors."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     held: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         if (place := t.untyped_storage().data_ptr()) not in own:
             held[place] = t.untyped_storage().nbytes()
-        return t.detach()  # an op that saves what it wrote would hold itself, where Python cannot free it
+        return t.detach()  # an op that saves its own output would be a cycle that Python cannot free
 
     with saved_tensors_hooks(pack, lambda t: t):
         yield held
 
 
 def chunks(batches: Batches, size: int) -> Iterator[tuple[Any, Tensor]]:
-    """The batches in parts of at most `size` samples; images channels last, as kernels like them."""
+    """The batches in nearly equal parts of at most `size` samples; 4-dimensional inputs become channels_last."""
     for inputs, targets in batches:
         step = even(len(targets), size)
         for first in range(0, len(targets), step):
@@ -151,7 +159,7 @@ def chunks(batches: Batches, size: int) -> Iterator[tuple[Any, Tensor]]:
 
 
 def ordinary(inputs: Any) -> Any:
-    """The inputs, those copied that were made under torch.inference_mode: autograd cannot record what reads them."""
+    """The inputs, with copies of tensors made under torch.inference_mode, which autograd does not accept."""
     return tree_map(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, inputs)
 
 
@@ -164,7 +172,7 @@ def _cut(part: slice, value: Any) -> Any:
 
 @contextmanager
 def _affine(model: nn.Module) -> Iterator[None]:
-    """BatchNorm with fixed statistics as the multiplication it is, whose derivatives cost a fraction of a kernel's."""
+    """Inside the block, BatchNorm with fixed statistics is one multiplication, whose derivatives cost much less."""
     swapped = [module for module in model.modules() if _is_affine(module)]
     try:
         for module in swapped:

@@ -1,4 +1,4 @@
-"""What autograd's record of a forward pass says: is it piecewise linear in each weight, is a weight used twice."""
+"""What the graph of autograd shows: whether it is piecewise linear in each weight, whether a weight is used twice."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,18 +16,18 @@ PIECEWISE_LINEAR = frozenset(
     "ConstantPadNd NativeBatchNorm CudnnBatchNorm IndexSelect Index Gather Scatter AsStrided Expand PixelShuffle "
     "PixelUnshuffle UpsampleNearest2D UpsampleBilinear2D Alias ToCopy".split()
 )
-# linear as long as only one factor is more than a parameter
+# linear while at most one factor is not a parameter
 BILINEAR = frozenset({"Convolution", "Addmm", "Mm", "Mul", "Div", "Bmm", "Addcmul"})
 
 
 def piecewise_linear(outputs: Tensor) -> bool:
-    """Whether autograd's record shows only ops that are piecewise linear in each single weight."""
+    """Whether the graph behind `outputs` has only ops that are piecewise linear in each single weight."""
     return all(_straight(node) for node in _graph(outputs))
 
 
 def _straight(node: Node) -> bool:
     if isinstance(node, BackwardCFunction) or getattr(node, "_saved_training", False):
-        return False  # a stranger's function, whatever its name; statistics of the batch
+        return False  # a custom function, whatever its name; or BatchNorm with the statistics of the batch
     op = node.name().rstrip("0123456789").removesuffix("Backward").rpartition("::")[2]
     curved = [f for f, _ in node.next_functions if f is not None and not _is_parameter(f)]
     divided_by = node.next_functions[1][0] if op == "Div" else None
@@ -35,7 +35,7 @@ def _straight(node: Node) -> bool:
 
 
 def _graph(outputs: Tensor) -> Iterator[Node]:
-    """The nodes of autograd's record, each once."""
+    """All nodes of the graph behind `outputs`, without repeats."""
     stack, known = [outputs.grad_fn], set()
     while stack:
         node = stack.pop()
@@ -46,7 +46,7 @@ def _graph(outputs: Tensor) -> Iterator[Node]:
 
 
 def sources(outputs: Tensor, nodes: Iterable[Node]) -> list[Node]:
-    """Those of the nodes in the record from which no other of them is reached: a pass to them passes all."""
+    """The nodes from which none of the others is reached: a backward pass that ends at them passes all."""
     wanted, reaches, stack = set(nodes), dict[Node, bool](), list(filter(None, [outputs.grad_fn]))
     while stack:
         node = stack[-1]
@@ -60,7 +60,7 @@ def sources(outputs: Tensor, nodes: Iterable[Node]) -> list[Node]:
 
 
 def refuse_shared(outputs: Tensor, params: Mapping[str, Tensor]) -> None:
-    """The square of a sum is not the sum of squares: each parameter must be used once."""
+    """HapError where the graph uses a parameter twice: the square of a sum is not the sum of squares."""
     names = {parameter: name for name, parameter in params.items()}
     used = Counter(getattr(f, "variable", None) for node in _graph(outputs) for f, _ in node.next_functions)
     for parameter, name in names.items():

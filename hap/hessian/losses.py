@@ -1,4 +1,4 @@
-"""Losses that know their Hessian in the model's outputs, which is all that `hap.hessian.exact` must know of them."""
+"""Losses with their Hessian in the outputs of the model, which is all that `hap.hessian.exact` needs of a loss."""
 
 import math
 from collections.abc import Iterable
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from hap import HapError
 from hap.structure.layers import Call, forward
 
-Batches = Iterable[Any]  # of (inputs, targets)
+Batches = Iterable[Any]  # pairs (inputs, targets)
 
 
 class Columns(NamedTuple):
-    """Vectors s with sum_c s_c s_c^T the Hessian in the outputs; of one that was drawn, in expectation."""
+    """Vectors s_c whose sum of s_c s_c^T is the Hessian in the outputs; its expectation where one was drawn."""
 
     vectors: Float[Tensor, "columns batch outputs"]
-    drawn: bool  # whether the last was, for all that the others leave out
+    drawn: bool  # whether the last was drawn at random, for all that are left out
 
 
 @runtime_checkable
@@ -30,35 +30,41 @@ class Loss(Protocol):
 
     @property
     def call(self) -> Call:
-        """How the outputs come from model and inputs."""
+        """(model, inputs) -> outputs [batch, classes or numbers]."""
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        """The mean loss of a batch."""
+        """The mean loss of a batch (inputs, targets)."""
 
     def total(self, outputs: Tensor, targets: Tensor, /) -> Tensor:
-        """The summed loss."""
+        """The loss summed over the batch."""
 
     def mass(self, targets: Tensor, /) -> Tensor:
-        """What the sum is divided by to give the mean."""
+        """The divisor that turns `total` into the mean: the number of samples or elements, or a sum of weights."""
 
     def columns(self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None, /) -> Columns:
-        """What the Hessian of the summed loss of each sample is made of: all, or k and one drawn for the rest."""
+        """Vectors that give the Hessian of each sample's loss: all, or k and one drawn with `rng` for the rest."""
 
     def enough(self, outputs: Tensor, targets: Tensor, share: float, /) -> int:
-        """The least k whose columns leave at most about `share` of the trace to the draw."""
+        """The smallest k whose columns leave at most about `share` of the trace to the draw."""
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Softmax cross-entropy of `call(model, inputs)` and class indices, in nats, with torch's smoothing and weights.
+    """Softmax cross-entropy of logits `call(model, inputs)` [batch, classes] and class indices [batch], in nats.
 
-    A sample whose target is `ignore_index` counts nowhere, as in torch: not in the loss, its mass or its Hessian.
+    `label_smoothing`, `weight` [classes] and `ignore_index` as in torch; a sample whose target is `ignore_index` counts
+    neither in the loss, nor in its mass, nor in its Hessian.
 
-    The Hessian in the logits of a sample is a (diag(p) - p p^T), where a is the total weight of the sample's targets:
-    the covariance of a class drawn from p. It is a sum of squares over the classes in any order, each against the mean
-    of those that follow it: with r_c the probability of class c and of all that follow, and m_c the mean of e over
-    those that follow alone, a sum_c p_c r_{c+1} / r_c (e_c - m_c)(e_c - m_c)^T. The last class has none after it, so
-    there is one column less than classes; the likeliest first, what k columns leave is as small as it can be.
+    The Hessian in the logits of a sample is a (diag(p) - p p^T), a the total weight of its targets, p its
+    probabilities: a times the covariance of a class drawn from p. With the classes in any order, r_c the probability of
+    class c and all later ones, and m_c the mean of the unit vectors e of the later ones alone, it is the sum
+    a sum_c p_c r_{c+1} / r_c (e_c - m_c)(e_c - m_c)^T. The last class has no later one, so there is one column fewer
+    than classes. With the likeliest class first, k columns leave the smallest rest.
+
+    >>> loss, model = CrossEntropy(), nn.Identity()  # its inputs are the logits
+    >>> logits, classes = torch.zeros(3, 2), torch.tensor([0, 1, 1])
+    >>> round(loss(model, (logits, classes)).item(), 4)  # log 2
+    0.6931
     """
 
     call: Call = forward
@@ -72,9 +78,9 @@ class CrossEntropy:
         return total / mass.where((batch[1] != self.ignore_index).any(), 1)
 
     def total(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
-        """The summed loss."""
+        """The loss summed over the samples; HapError for shapes or, on a CPU, classes that do not fit."""
         _check(outputs, targets)
-        # on a device a wrong class stops the kernel: to look first would make each step of a training wait
+        # on a GPU a wrong class stops the kernel; a check here would make every training step wait for the device
         if targets.device.type == "cpu":
             _check_classes(outputs.shape[1], targets, self.ignore_index)
         how: dict[str, Any] = {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
@@ -82,16 +88,16 @@ class CrossEntropy:
         return F.cross_entropy(outputs, targets, weight, reduction="sum", **how)
 
     def mass(self, targets: Tensor) -> Tensor:
-        """The number of samples whose target is not ignored, or the sum of the class weights of these targets."""
+        """The number of targets that are not ignored, or the sum of their class weights."""
         if self.weight is None:
             return (targets != self.ignore_index).sum()
         return self._own(self.weight.to(targets.device), targets).sum()
 
     def columns(self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None) -> Columns:
-        """One column for each class but one; or for each of a sample's k likeliest and one drawn from the rest.
+        """One column for each class but the last; or for the k likeliest classes of each sample, and one drawn.
 
-        The drawn one stands for all the others: e_c less their mean, with the probability that c has among them,
-        scaled by the root of the probability they have together; its square is unbiased.
+        The drawn class stands for all that are left out: e_c less the mean of their unit vectors, drawn with the
+        probability of c among them, times the root of their total probability. Its square is unbiased.
         """
         _check(outputs, targets)
         _check_count(k, rng)
@@ -112,9 +118,9 @@ class CrossEntropy:
         return Columns(placed.transpose(0, 1), drawn)
 
     def enough(self, outputs: Tensor, targets: Tensor, share: float) -> int:
-        """The least k for which the columns left out have at most half of `share` of the trace in the outputs.
+        """The smallest k that leaves at most half of `share` of the trace in the outputs to the draw.
 
-        Half, for the trace in the weights is not shared out as that in the outputs is. Samples count as in the loss.
+        Half, because the trace in the weights may be distributed otherwise. Samples are weighted as in the loss.
         """
         p = outputs.detach().softmax(-1).double().sort(-1, descending=True).values
         r, squares = (t.flip(-1).cumsum(-1).flip(-1) for t in (p, p.square()))
@@ -130,7 +136,7 @@ class CrossEntropy:
     def _own(self, weight: Tensor, targets: Tensor) -> Float[Tensor, "batch"]:
         """The weight of each target's class; 0 where it is ignored.
 
-        Nothing waits for a device: there a target that is no class has NaN, which is refused when all is measured.
+        Without a wait for the device: on a GPU, a target that is not a class gets NaN, and the diagonal is refused.
         """
         kept = targets != self.ignore_index
         index = targets.where(kept, 0)
@@ -143,10 +149,10 @@ class CrossEntropy:
 
 
 def _draw(weights: Float[Tensor, "batch outputs"], rng: torch.Generator | None) -> Float[Tensor, "batch outputs"]:
-    """One at an output drawn for each sample, as likely as its weight; zero elsewhere."""
+    """For each sample, 1 at one output drawn with a probability in proportion to its weight; 0 elsewhere."""
     assert rng is not None
     below = weights.double().cumsum(1)
-    # drawn where the generator lives, so that a seed means the same on every device; nothing comes back from it
+    # on the device of the generator, so that a seed gives the same numbers whatever the device of the outputs
     u = torch.rand(len(weights), 1, generator=rng, device=rng.device, dtype=torch.float64).to(below.device)
     index = (below <= u * below[:, -1:]).sum(1, keepdim=True).clamp_max(weights.shape[1] - 1)
     return torch.zeros_like(weights).scatter(1, index, 1.0)
@@ -184,7 +190,14 @@ def _check_outputs(outputs: Any) -> None:
 
 @dataclass(frozen=True)
 class SquaredError:
-    """Mean over all elements of the squared error of `call(model, inputs)`; the Hessian of its sum is 2."""
+    """Mean over all elements of (outputs - targets)^2, outputs = `call(model, inputs)`; both [batch, numbers].
+
+    The Hessian of its sum in the outputs is 2 times the identity.
+
+    >>> loss, model = SquaredError(), nn.Identity()  # its inputs are the outputs
+    >>> loss(model, (torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))).item()  # (1 + 9) / 2
+    5.0
+    """
 
     call: Call = forward
 
@@ -193,7 +206,7 @@ class SquaredError:
         return self.total(self.call(model, batch[0]), batch[1]) / self.mass(batch[1])
 
     def total(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
-        """The summed loss; HapError where outputs and targets differ in shape, which torch would broadcast."""
+        """The sum over all elements; HapError where outputs and targets differ in shape: torch would broadcast."""
         _check_alike(outputs, targets)
         return (outputs - targets).square().sum()
 
@@ -202,7 +215,7 @@ class SquaredError:
         return torch.ones_like(targets).sum()
 
     def columns(self, outputs: Tensor, targets: Tensor, k: int | None, rng: torch.Generator | None) -> Columns:
-        """Unit vectors times sqrt 2; with k, those of the first k outputs, and of one drawn from the rest."""
+        """Unit vectors times sqrt(2); with k, those of the first k outputs, and one drawn from the rest."""
         _check_outputs(outputs)
         _check_alike(outputs, targets)
         _check_count(k, rng)
@@ -214,12 +227,12 @@ class SquaredError:
         return Columns(torch.cat([vectors[:k], one[None]]), True)
 
     def enough(self, outputs: Tensor, targets: Tensor, share: float) -> int:
-        """All but a share of the outputs, for none matters more than another."""
+        """The number of outputs, less `share` of it: all outputs have the same trace."""
         return math.ceil((1 - share) * outputs.shape[-1])
 
 
 def _check_alike(outputs: Any, targets: Tensor) -> None:
-    """Whether outputs and targets are tensors of one shape."""
+    """HapError where outputs and targets are not tensors of one shape."""
     if not isinstance(outputs, Tensor) or outputs.shape != targets.shape:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise HapError(
@@ -229,7 +242,7 @@ def _check_alike(outputs: Any, targets: Tensor) -> None:
 
 
 def refuse_loss(loss: Any, who: str, *parts: str) -> None:
-    """HapError where a loss lacks a part, an attribute of `Loss`, that the function `who` needs."""
+    """HapError where a loss lacks one of `parts`, attributes of `Loss` that the function named `who` needs."""
     if absent := [part for part in parts if not hasattr(loss, part)]:
         kind = loss.__name__ if isinstance(loss, type | FunctionType) else type(loss).__name__
         rest = "" if "columns" not in absent else "; hutchinson() needs only loss(model, batch) and loss.mass(targets)"

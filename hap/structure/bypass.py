@@ -1,6 +1,7 @@
-"""What surgery adds where implants stand in for heads: what one layer reads reaches another, around what lies between.
+"""Wrappers of two layers that surgery adds for implants of heads: the input of the first goes to the second as well.
 
-Within a forward pass the `Lender` keeps what it reads, and the `Borrower` behind it takes that, once.
+In a forward pass, the `Lender` stores the input of its layer in a `Relay`. The `Borrower`, which runs later, takes the
+tensor out, gives it to the implant and adds the implant's output to the output of its own layer.
 """
 
 from typing import Any
@@ -9,20 +10,20 @@ from torch import Tensor, nn
 
 
 class Relay:
-    """The place between a Lender and its Borrower, named after the layer of the latter."""
+    """Holds the tensor between a Lender and its Borrower; `name` is the module name of the Borrower's layer."""
 
     def __init__(self, name: str) -> None:
-        """Nothing held yet."""
+        """Holds no tensor until the Lender runs."""
         self.name = name
         self.held: Tensor | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what a pass that was broken off has left: copies and files are of models, not of passes."""
+        """The state for copies and files: without the tensor that an interrupted pass may leave."""
         return {"name": self.name, "held": None}
 
 
-def _answer(module: nn.Module, name: str) -> Any:
-    """What the layer of a module has under this name, for forward passes that read `in_features` or `weight`."""
+def _attribute(module: nn.Module, name: str) -> Any:
+    """The attribute `name` of the wrapped layer, for forward passes that read its `in_features` or `weight`."""
     layer = vars(module).get("_modules", {}).get("layer")
     if layer is None or name.startswith("_") or name in vars(module)["_modules"]:
         return nn.Module.__getattr__(module, name)
@@ -30,37 +31,37 @@ def _answer(module: nn.Module, name: str) -> Any:
 
 
 class Lender(nn.Module):
-    """A layer that leaves what it reads for a Borrower."""
+    """A layer that stores its input for a Borrower; its output is unchanged."""
 
     def __init__(self, layer: nn.Module, relay: Relay) -> None:
-        """`relay`: that of the Borrower."""
+        """`layer`: the wrapped layer; `relay`: the same object as in the Borrower."""
         super().__init__()
         self.layer, self.relay, self.training = layer, relay, layer.training
 
     def __getattr__(self, name: str) -> Any:
-        """What the layer has under this name."""
-        return _answer(self, name)
+        """The attribute `name` of the wrapped layer; AttributeError where it has none."""
+        return _attribute(self, name)
 
     def forward(self, input: Tensor) -> Tensor:
-        """What the layer writes."""
+        """The output of the layer for `input`."""
         self.relay.held = input
         return self.layer(input)  # type: ignore[no-any-return]
 
 
 class Borrower(nn.Module):
-    """A layer to which an implant adds its part, made of what the Lender read in the same pass."""
+    """A layer to whose output an implant adds its own, computed from the Lender's input in the same pass."""
 
     def __init__(self, layer: nn.Module, implant: nn.Module, relay: Relay) -> None:
-        """`implant`: from what the Lender reads to what the layer writes, position by position."""
+        """`implant`: maps the Lender's input to the shape of the layer's output, each position alone."""
         super().__init__()
         self.layer, self.implant, self.relay, self.training = layer, implant, relay, layer.training
 
     def __getattr__(self, name: str) -> Any:
-        """What the layer has under this name."""
-        return _answer(self, name)
+        """The attribute `name` of the wrapped layer; AttributeError where it has none."""
+        return _attribute(self, name)
 
     def forward(self, input: Tensor) -> Tensor:
-        """What the layer writes, and the implant's part."""
-        lent, self.relay.held = self.relay.held, None
-        assert lent is not None, "the Lender of a Borrower is called first"
-        return self.layer(input) + self.implant(lent)  # type: ignore[no-any-return]
+        """The output of the layer plus that of the implant; the Lender must have run in this pass."""
+        source, self.relay.held = self.relay.held, None
+        assert source is not None, "a Borrower must run after its Lender"
+        return self.layer(input) + self.implant(source)  # type: ignore[no-any-return]

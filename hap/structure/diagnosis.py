@@ -1,7 +1,7 @@
-"""Why the rows of a module could not be followed: the model draws, decides by its data, or swallows NaN.
+"""Why the rows of a module cannot be followed: random ops, Python branches on data, or ops that drop NaN.
 
-Only a trace or a check that has failed comes here, so that nothing in this file need be fast. It knows ops and frames
-of Python, no layers.
+These functions run only after a trace or a check has failed, so they need not be fast. They know ops of torch and
+frames of Python, but no layers.
 """
 
 import sys
@@ -21,24 +21,24 @@ from hap.structure.taps import Taps
 
 
 class Note(NamedTuple):
-    """An op that draws, or hands a number to Python, as `bool` and `item` do."""
+    """An op that draws random numbers, or that gives a number to Python, as `bool` and `item` do."""
 
     op: str
-    where: str  # the module in whose forward it is, with file and line
-    number: bool | float | complex | None  # what was handed to Python; None of a draw
+    where: str  # the module whose forward runs it, with file and line
+    number: bool | float | complex | None  # the number that Python gets; None for a random op
 
 
 def cause(taps: Taps, index: int) -> str:
-    """What is true of a model in which a NaN from the rows of module `index` gets lost, and what to do."""
+    """The end of an error message: why a NaN in the rows of module `index` is lost, and what the user can do."""
     do = "make the module around it opaque=[...], or give the relation with declare()"
-    if decides := _decides(taps, index):
-        return f"an `if`, a loop or item() depends on its numbers in {decides}, which cannot be followed: {do}"
+    if place := _branch(taps, index):
+        return f"an `if`, a loop or item() depends on its numbers in {place}, which cannot be followed: {do}"
     return f"an op after it swallows NaN (nan_to_num, where, comparison, argmax) or drops it: {do}"
 
 
 @torch.no_grad()
 def refuse_random(model: nn.Module, example: Any, call: Call) -> None:
-    """HapError, with the op that draws and its module, where two passes over the example differ."""
+    """Run the model twice on the example; HapError, with the random op and its module, where the outputs differ."""
     passes = []
     for _ in range(2):
         watch = _Watch(model)
@@ -48,29 +48,29 @@ def refuse_random(model: nn.Module, example: Any, call: Call) -> None:
     if all(torch.allclose(a.double(), b.double(), 1e-4, 1e-6, equal_nan=True) for a, b in zip(*passes, strict=True)):
         return  # kernels of a GPU may differ by rounding
     first = next((note for note in watch.notes if note.number is None), None)
-    cause = f"{first.op} draws in {first.where}" if first else "no op of torch draws"
+    reason = f"{first.op} draws random numbers in {first.where}" if first else "no op of torch draws random numbers"
     do = "leave no randomness on in eval mode: F.dropout takes training=self.training"
-    raise HapError(f"{type(model).__name__}: two passes over one example differ ({cause}); {do}")
+    raise HapError(f"{type(model).__name__}: two passes over one example differ ({reason}); {do}")
 
 
-def _decides(taps: Taps, index: int) -> str:
-    """Where a number is handed to Python that is another one when the rows of the module are NaN; else nothing."""
-    handed = []
+def _branch(taps: Taps, index: int) -> str:
+    """Where Python first gets a number that changes when the rows of the module are NaN; "" where none does."""
+    passes = []
     for writes in ({}, {index: torch.ones(1, taps.rows[index], dtype=torch.bool)}):
         watch = _Watch(taps.model)
         with watch:
             taps.send(1, writes)
-        handed.append([note for note in watch.notes if note.number is not None])
-    clean, spoilt = handed
+        passes.append([note for note in watch.notes if note.number is not None])
+    clean, spoilt = passes
     for one, other in zip(clean, spoilt, strict=False):
-        if one.number != other.number:  # NaN differs from all
+        if one.number != other.number:  # NaN differs from every number
             return other.where
-    longer = max(handed, key=len)
-    return longer[min(map(len, handed))].where if len(clean) != len(spoilt) else ""
+    longer = max(passes, key=len)
+    return longer[min(map(len, passes))].where if len(clean) != len(spoilt) else ""
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes ops that draw random numbers or hand a number to Python."""
+    """Makes a Note of each op that draws random numbers or gives a number to Python."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _where(model: nn.Module) -> str:
-    """The innermost module that is running, with the line of its forward."""
+    """Name and class of the innermost module that is running, with the file and line of its forward."""
     frames = list(_running(sys._getframe(1)))
     module, frame = innermost(reversed(frames), model)
     place = f", {Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""

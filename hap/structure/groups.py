@@ -1,9 +1,9 @@
-"""Which rows must share one fate, and what a fate removes: the relation of `hap.structure.tracing` turned into groups.
+"""Groups of rows that share one fate, and what a fate removes; made from the relation of `hap.structure.tracing`.
 
-One rule serves every architecture and both couplings: a slot goes when every row that feeds it goes; a row that goes
-while its slot stays is written as zero. `tied`: rows that share a slot share their fate (one decision for all
-producers of a residual stream). `union`: each row is decided alone, as the published code does; only rows that one
-slot cannot tell apart (the queries, keys and values of a head, the inputs of a convolution group) are tied.
+One rule serves every architecture and both couplings: a slot is removed when every row that feeds it is removed; a row
+that is removed while its slot stays is written as zero. `tied`: rows that feed one slot are in one group (one decision
+for all producers of a residual stream). `union`: each row is decided alone, as in [HAP-code]; only rows that one slot
+cannot tell apart (the queries, keys and values of a head, the inputs of a convolution group) are in one group.
 """
 
 import math
@@ -23,33 +23,33 @@ from hap.structure.tracing import Feeds
 
 
 class Shape(NamedTuple):
-    """What a module costs a row and a slot."""
+    """The rows and slots of a sliced module, numbered within the whole model, and the numbers that give its cost."""
 
     first_row: int
     rows: int
     first_slot: int
     slots: int
     mixing: bool
-    conv_groups: int
-    kernel: int  # weights a row has for each slot it reads
-    extras: int  # numbers a row has besides: bias; scale and shift
-    positions: int
+    conv_groups: int  # of a grouped convolution; 1 for all others
+    kernel: int  # weights per row and slot that it reads: the product of the kernel's sides
+    extras: int  # other parameters per row: bias; scale and shift
+    positions: int  # output positions per sample, summed over its calls
     implantable: bool
-    linear: bool  # which may lose all of its rows
+    linear: bool  # an nn.Linear, which may lose all of its rows
 
     @property
     def rows_at(self) -> slice:
-        """Where its rows are among all."""
+        """Its rows, as a slice of all rows of the model."""
         return slice(self.first_row, self.first_row + self.rows)
 
     @property
     def slots_at(self) -> slice:
-        """Where its slots are among all."""
+        """Its slots, as a slice of all slots of the model."""
         return slice(self.first_slot, self.first_slot + self.slots)
 
 
 class Gone(NamedTuple):
-    """What a choice of rows to drop removes."""
+    """Masks of the rows and slots that a plan removes, over all rows and slots of the model."""
 
     rows: Bool[Tensor, "rows"]
     slots: Bool[Tensor, "slots"]
@@ -57,25 +57,32 @@ class Gone(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """The groups of one model: sets of rows of mixing modules that go together."""
+    """The groups of one model: sets of rows of mixing modules that share one fate; for heads, sets of slots as well.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> groups = couple(model, trace(model, torch.zeros(1, 4)))
+    >>> weight = torch.tensor([[1.0, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]])
+    >>> groups.reduce({"0.weight": weight})
+    tensor([ 4.,  8., 12.])
+    """
 
     feeds: Feeds
     shapes: dict[str, Shape]
     row_group: Int[Tensor, "rows"]  # the group of each row; -1 where it is frozen, or not of a mixing module
-    params: int  # of the whole model
+    params: int  # number of parameters of the whole model
     _count: int
-    slot_group: Int[Tensor, "slots"] | None = None  # the group that each slot belongs to as well, of heads; -1: none
+    slot_group: Int[Tensor, "slots"] | None = None  # for heads, the group of each slot, or -1; None for other groups
 
     def __len__(self) -> int:
-        """How many groups there are."""
+        """The number of groups."""
         return self._count
 
     def reduce(self, values: Mapping[str, Tensor]) -> Float[Tensor, "groups"]:
-        """Sum per group of an elementwise quantity, given by parameter name, over the rows of the group.
+        """Sum of `values` over the rows of each group; `values`: parameter name -> tensor whose first axis is rows.
 
-        Over the columns too where slots belong to groups, which takes whole weights. Parameters that are missing count
-        as zero; those that belong to no group are left out. The sum is on the device of the values, which are not
-        waited for.
+        Where slots belong to groups, also over the columns, so that each tensor has the shape of its weight. Missing
+        parameters count as zero; parameters that are in no group are ignored. The result has the device of the values
+        and at least float32; it is computed without a wait for the device.
         """
         dtype = reduce(torch.promote_types, (value.dtype for value in values.values()), torch.float32)
         total = torch.zeros(len(self), dtype=dtype, device=next((value.device for value in values.values()), None))
@@ -100,14 +107,14 @@ class Groups:
         return total
 
     def weights(self) -> list[str]:
-        """The names of the weights that hold rows or columns of a group."""
-        held = {n: self.row_group[s.rows_at] for n, s in self.shapes.items() if s.mixing}
+        """Names of the weights of which at least one row or column belongs to a group."""
+        members = {n: self.row_group[s.rows_at] for n, s in self.shapes.items() if s.mixing}
         if self.slot_group is not None:
-            held = {n: torch.cat([of, self.slot_group[self.shapes[n].slots_at]]) for n, of in held.items()}
-        return [weight_of(name) for name, of in held.items() if bool((of >= 0).any())]
+            members = {n: torch.cat([of, self.slot_group[self.shapes[n].slots_at]]) for n, of in members.items()}
+        return [weight_of(name) for name, of in members.items() if bool((of >= 0).any())]
 
     def gone(self, dropped: Bool[Tensor, "groups"]) -> Gone:
-        """The rows and slots that go when the groups in `dropped` do."""
+        """The rows and slots that are removed when the groups in the mask `dropped` are."""
         rows = torch.zeros_like(self.feeds.frozen_rows)
         rows[self.row_group >= 0] = dropped[self.row_group[self.row_group >= 0]]
         row, slot = self.feeds.edges
@@ -122,7 +129,11 @@ class Groups:
             rows[twin_row] = slots[twin_slot]
 
     def norm_behind(self, name: str, rows: Int[Tensor, "some"]) -> tuple[str, Int[Tensor, "read"]]:
-        """The normalisation that reads these rows of a module as they are, and alone, and its slots; or "" and none."""
+        """Name and slots of the normalisation that alone reads these rows of module `name`, unchanged.
+
+        `rows` count within the module, the slots within the normalisation; one slot for each row, by increasing row.
+        Where there is no such normalisation: "" and no slots.
+        """
         norm = self.feeds.follows.get(name, "")
         row, slot = self.feeds.edges
         mine = torch.isin(row, rows + self.shapes[name].first_row)
@@ -134,10 +145,16 @@ class Groups:
 
 @torch.inference_mode(mode=False)
 def couple(model: nn.Module, feeds: Feeds, how: Literal["tied", "union"] = "tied") -> Groups:
-    """Turn the relation row -> slot into groups.
+    """The groups of a model, from the relation row -> slot that `trace` or `declare` gives.
 
-    # paper: says nothing of residual streams. upstream: `union` (a channel of the stream disappears only when all its
-    producers dropped it).
+    `how`: "tied" or "union", see the head of this file; HapError for any other. Rows that are frozen, or share a slot
+    with what is frozen, are in no group. # paper: says nothing of residual streams. # upstream: `union` (a channel of
+    the stream disappears only when all its producers dropped it).
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> groups = couple(model, trace(model, torch.zeros(1, 4)))
+    >>> len(groups), groups.row_group.tolist()  # the last two rows are the output of the model
+    (3, [0, 1, 2, -1, -1])
     """
     if how not in ("tied", "union"):
         raise HapError(f"coupling: 'tied' or 'union' expected, found {how!r}")
@@ -164,14 +181,14 @@ def couple(model: nn.Module, feeds: Feeds, how: Literal["tied", "union"] = "tied
 
 
 def describe_group(groups: Groups, group: int) -> str:
-    """The first row of a group, with its module, for a message."""
+    """The first row of a group and its module, as text for an error message: "row 3 of conv1"."""
     row = int((groups.row_group == group).nonzero()[0])
     name, s = next((name, s) for name, s in groups.shapes.items() if s.rows_at.start <= row < s.rows_at.stop)
     return f"row {row - s.first_row} of {name}"
 
 
 def components(n: int, a: Tensor, b: Tensor) -> Int[Tensor, "nodes"]:
-    """The smallest node of each node's connected component, for `n` nodes and the links a - b."""
+    """For each of `n` nodes, the smallest node of its connected component; node a[i] is linked to node b[i]."""
     label = torch.arange(n)
     while True:
         low = torch.minimum(label[a], label[b])
@@ -196,7 +213,7 @@ def _number(model: nn.Module, feeds: Feeds, shapes: dict[str, Shape], label: Ten
 
 
 def ambiguous(feeds: Feeds) -> Bool[Tensor, "slots"]:
-    """Slots that several rows of one module feed: an output of a head is fed by all queries of the head."""
+    """Mask of the slots that several rows of one module feed: all queries of a head feed each output of the head."""
     module = torch.repeat_interleave(torch.arange(len(feeds.rows)), torch.tensor(feeds.rows, dtype=torch.long))
     row, slot = feeds.edges
     key, count = torch.unique(module[row] * len(feeds.frozen_slots) + slot, return_counts=True)
@@ -204,7 +221,7 @@ def ambiguous(feeds: Feeds) -> Bool[Tensor, "slots"]:
 
 
 def _upstream_of(feeds: Feeds, twins: Tensor, slots: Tensor) -> Bool[Tensor, "slots"]:
-    """The slots, and those of channelwise modules whose rows feed them."""
+    """The mask `slots`, and with it the slots of channelwise modules whose rows feed slots of the mask."""
     while True:
         feeding = torch.zeros_like(feeds.frozen_rows).index_fill_(0, feeds.edges[0][slots[feeds.edges[1]]], True)
         more = slots.index_fill(0, twins[1][feeding[twins[0]]], True)
@@ -229,7 +246,7 @@ def _shapes(model: nn.Module, feeds: Feeds) -> dict[str, Shape]:
 
 
 def implantable(module: nn.Module) -> bool:
-    """Whether a 1x1 convolution of the same stride can stand in for rows of the module, and is smaller."""
+    """Whether a 1x1 convolution of the same stride can replace rows of the module, with fewer weights."""
     if not isinstance(module, _ConvNd) or module.groups > 1 or math.prod(module.kernel_size) == 1:
         return False
     if any(k % 2 == 0 for k in module.kernel_size):  # no tap at the centre
@@ -239,7 +256,7 @@ def implantable(module: nn.Module) -> bool:
 
 
 def _twins(shapes: dict[str, Shape]) -> tuple[Tensor, Tensor]:
-    """Row and slot of each channel of a channelwise module."""
+    """The row and the slot of each channel of all channelwise modules: such a pair is removed together."""
     alike = [s for s in shapes.values() if not s.mixing]
     rows = [torch.arange(s.rows) + s.first_row for s in alike]
     slots = [torch.arange(s.slots) + s.first_slot for s in alike]

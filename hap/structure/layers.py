@@ -1,4 +1,4 @@
-"""What modules are to this package: which are sliced and along which axis, which cannot be, how a model is called."""
+"""What the package knows of modules: which are sliced and along which axis, which cannot be, how a model is called."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,25 +23,28 @@ BARRIERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)  # mix
 
 
 def forward(model: nn.Module, example: Any) -> Any:
-    """The model's output; a dict is passed as keywords, a tuple as positional arguments."""
+    """The output of the model; a dict is passed as keyword arguments, a tuple as positional ones."""
     if isinstance(example, Mapping):
         return model(**example)
     return model(*example) if isinstance(example, tuple) else model(example)
 
 
 def failure(error: Exception, model: nn.Module) -> str:
-    """Why a forward pass failed, in one line: the innermost module whose call raised, the exception, its first line."""
+    """One line for an error message: the innermost module whose forward raised, the exception and its first line."""
     where, _ = innermost((frame for frame, _ in walk_tb(error.__traceback__)), model)
-    says = (str(error).strip().splitlines() or ["without a message"])[0]
-    return f"{where}: {type(error).__name__}: {says}"
+    reason = (str(error).strip().splitlines() or ["without a message"])[0]
+    return f"{where}: {type(error).__name__}: {reason}"
 
 
 def innermost(frames: Iterable[FrameType], model: nn.Module) -> tuple[str, FrameType | None]:
-    """Name and class of the last module in these frames of Python, outermost first, and its frame; else the model's."""
+    """The last module of the model whose method runs in `frames` (outermost first), as "name (class)", and its frame.
+
+    Where none does: the model itself and None.
+    """
     names = {module: name for name, module in model.named_modules()}
     where, at = model, None
     for frame in frames:
-        first = frame.f_code.co_varnames[:1]  # of a method this is its object
+        first = frame.f_code.co_varnames[:1]  # for a method, this is `self`
         owner = frame.f_locals.get(first[0]) if first else None
         if isinstance(owner, nn.Module) and owner in names:
             where, at = owner, frame
@@ -50,7 +53,7 @@ def innermost(frames: Iterable[FrameType], model: nn.Module) -> tuple[str, Frame
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, each module's own mode afterwards."""
+    """Inside the block the model is in eval mode; afterwards each module has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -61,9 +64,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which what torch.compile has compiled in the model runs as it was written.
+    """A context in which the parts of the model that torch.compile has compiled run as plain Python.
 
-    The forward passes of layers are replaced for a while here, and each of them would be compiled anew.
+    This package replaces the forward methods of layers for a time, and torch would compile each replacement.
     """
     compiled = [
         m for m in model.modules() if type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None
@@ -73,9 +76,9 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Attention as plain ops: fused kernels can lose a NaN and have no second derivative.
+    """Inside the block attention runs as plain ops: fused kernels can drop a NaN and have no second derivative.
 
-    The fast path of nn.TransformerEncoderLayer, which goes around its modules, is off too.
+    The fast path of nn.TransformerEncoderLayer, which does not call its submodules, is off too.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -87,19 +90,19 @@ def plain_kernels() -> Iterator[None]:
 
 
 def first_tensor(args: Any, kwargs: Any) -> Tensor:
-    """What a module is called with, by position or by name."""
-    found: Tensor = next(leaf for leaf in tree_leaves((args, kwargs)) if batched(leaf))
-    return found
+    """The first tensor with a batch axis among the arguments of a call, positional ones first."""
+    tensor: Tensor = next(leaf for leaf in tree_leaves((args, kwargs)) if batched(leaf))
+    return tensor
 
 
 def weight_of(name: str) -> str:
-    """The name of a module's weight."""
+    """The parameter name of a module's weight: conv1 -> conv1.weight."""
     return name_of(name, "weight")
 
 
 def name_of(layer: str, own: str) -> str:
-    """The name that a module's own parameter has in the model."""
-    return f"{layer}.{own}".removeprefix(".")  # the model itself is nameless
+    """The name in the model of a module's own parameter: conv1, bias -> conv1.bias."""
+    return f"{layer}.{own}".removeprefix(".")  # the name of the model itself is empty
 
 
 def is_mixing(module: nn.Module) -> bool:
@@ -113,12 +116,12 @@ def is_channelwise(module: nn.Module) -> bool:
 
 
 def axis(module: nn.Module) -> int:
-    """The axis of a module's input and output that counts slots and rows."""
+    """The axis along which a module's input has its slots and its output its rows: 1, or -1 for channels last."""
     return -1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm) else 1
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
-    """How many rows and how many slots a sliced module has."""
+    """The numbers of rows and of slots of a sliced module."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     if isinstance(module, _ConvNd):
@@ -128,19 +131,23 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 
 def positions(module: nn.Module, t: Tensor) -> Float[Tensor, "batch rows positions"]:
-    """What a module wrote, or the gradient of it, by row and position."""
+    """`t`, the output of a module or a tensor of its shape, with one axis of rows and one of positions."""
     if isinstance(module, nn.LayerNorm):
         return t.reshape(len(t), -1, module.weight.numel()).mT
     return t.reshape(len(t), -1, t.shape[-1]).mT if isinstance(module, nn.Linear) else t.reshape(*t.shape[:2], -1)
 
 
 def starts(counts: tuple[int, ...]) -> list[int]:
-    """Where each module's rows (or slots) begin in the numbering of all, and the end."""
+    """From the rows (or slots) of each module: the number of its first in the whole model; last, the number of all."""
     return [0, *accumulate(counts)]
 
 
 def sort(model: nn.Module, opaque: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The modules that are sliced, and the barriers; nothing inside an opaque module is looked at."""
+    """Modules by name: those that are sliced, and barriers, whose channels are not told apart.
+
+    Modules inside an opaque one are in neither. HapError for an unknown name in `opaque`, for a module that cannot be
+    sliced, and for a model without a mixing module.
+    """
     sliced, barriers, named = dict[str, nn.Module](), dict[str, nn.Module](), dict(model.named_modules())
     if isinstance(opaque, str):
         raise HapError(f"opaque: a list of module names expected, found the string {opaque!r}")
@@ -166,7 +173,7 @@ def sort(model: nn.Module, opaque: Sequence[str]) -> tuple[dict[str, nn.Module],
 
 
 def refuse_hidden(name: str, module: nn.Module) -> None:
-    """HapError, with what to do, for a module that computes with layers that are no ordinary modules in it."""
+    """HapError, with advice, for a module whose layers are not ordinary submodules: scripted, quantised or copied."""
     where, kind = name or "the model", type(module).__name__
     whole = f"; or pass opaque=[{name!r}] to leave it whole" if name else ""
     if isinstance(module, torch.jit.ScriptModule):
@@ -184,7 +191,7 @@ def refuse_hidden(name: str, module: nn.Module) -> None:
 
 
 def refuse_unsliceable(name: str, module: nn.Module) -> None:
-    """HapError, with what to do, for a module whose rows and slots cannot be cut."""
+    """HapError, with advice, for a module from which single rows and slots cannot be removed."""
     if isinstance(module, nn.MultiheadAttention):
         raise HapError(
             f"{name}: nn.MultiheadAttention reads its weights without calling their modules, which cannot be traced; "
@@ -204,5 +211,5 @@ def refuse_unsliceable(name: str, module: nn.Module) -> None:
 
 
 def batched(leaf: Any) -> bool:
-    """Whether this is a tensor with a batch axis."""
+    """Whether `leaf` is a tensor with at least one axis, the first of which is the batch."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0

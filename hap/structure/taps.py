@@ -1,7 +1,7 @@
-"""Stand-ins for the modules of a model: each hands out what it gave in one clean run, and notes what it is handed.
+"""Stand-ins for the modules of a model: each returns its output of one recorded run, and records NaNs in its input.
 
-A pass through a tapped model costs only what lies between the modules, which is all that decides where a NaN goes.
-This file knows which modules have rows and slots; what the NaNs mean is the business of `hap.structure.tracing`.
+A pass through a tapped model computes only the ops between the modules, and these alone decide where a NaN goes. This
+file knows which modules have rows and slots; `hap.structure.tracing` knows what the NaNs mean.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,13 @@ from hap.structure.layers import (
 
 
 class Seen(NamedTuple):
-    """What each sample of a pass did to each slot, the slots of the sinks after those of the sliced modules."""
+    """What each sample of a pass brings to each slot: first the slots of the sliced modules, then those of the sinks.
 
-    nans: Bool[Tensor, "batch slots"]
-    moved: Bool[Tensor, "batch slots"]
+    A sink is a barrier or the output of the model.
+    """
+
+    nans: Bool[Tensor, "batch slots"]  # it is NaN
+    moved: Bool[Tensor, "batch slots"]  # finite noise has changed it
 
 
 class Taps:
@@ -42,7 +45,7 @@ class Taps:
     def __init__(
         self, model: nn.Module, sliced: dict[str, nn.Module], barriers: dict[str, nn.Module], call: Call
     ) -> None:
-        """Tap the `sliced` modules, whose channels are told apart, and the `barriers`, whose are not."""
+        """`sliced`: modules by name whose slots are recorded one by one; `barriers`: those whose slots are one sink."""
         self.model, self.call = model, call
         self.names, self.modules = tuple(sliced), tuple(sliced.values())
         self.index = {module: i for i, module in enumerate(self.modules)}
@@ -55,7 +58,7 @@ class Taps:
         self.follows: dict[str, str] = {}  # the channelwise module that reads a mixing module's output as it is
 
     def record(self, example: Any) -> None:
-        """Run one sample as it is, and keep what each module gave."""
+        """Run the first sample of `example`; store the input shapes and the outputs of each module, by call."""
         self.example = tree_map(lambda leaf: leaf[:1] if batched(leaf) else leaf, example)
         handles = [module.register_forward_hook(self._keep, with_kwargs=True) for module in self.tapped]
         try:
@@ -75,31 +78,32 @@ class Taps:
             self.follows[self.tapped[self.last]] = self.tapped[module]
 
     def positions(self) -> tuple[int, ...]:
-        """Output positions per sample of each sliced module, over all its calls."""
+        """Output positions per sample of each sliced module, summed over its calls."""
         return tuple(sum(y.numel() // r for y in self.outputs[m]) for m, r in zip(self.modules, self.rows, strict=True))
 
     def send(
         self, batch: int, writes: dict[int, Tensor], *, outside: bool = False, padding: bool = False, shaken: int = 0
     ) -> Seen:
-        """One pass of `batch` samples; HapError, with the module and the cause, where the model raises.
+        """One pass of `batch` copies of the recorded sample, some values replaced by NaN.
 
-        `writes[i]`: [batch, rows of module i], where its output becomes NaN. `outside`: what enters from outside the
-        sliced modules is NaN. `padding`: so is what the model pads with, and only slots that are NaN throughout count,
-        which are padded channels and not padded borders. `shaken` = n: samples n to 2n repeat the first n with finite
-        noise for the NaN, sample 2n is clean, and `moved` compares them.
+        `writes[i]`: mask [batch, rows of module i] of the outputs that become NaN. `outside`: the input of the model
+        and the outputs of barriers become NaN. `padding`: constants that the model pads with become NaN, and only
+        slots that are NaN at all positions count: padded channels, not padded borders. `shaken` = n: samples n to 2n
+        repeat the first n with finite noise in place of NaN; sample 2n is unchanged, and `moved` is the comparison
+        with it. HapError, with the module and the cause, where the model raises.
         """
         try:
             return self._send(batch, writes, outside, padding, shaken)
         except HapError:
             raise
-        except Exception as error:  # whatever a stranger's forward raises
-            says = failure(error, self.model)
+        except Exception as error:  # a model is foreign code and may raise anything
+            reason = failure(error, self.model)
             if writes or outside or padding:
                 self.send(batch, {})  # raises, where it is the number of samples that the model cannot take
                 do = "make the module around the check opaque=[...], or give the relation with declare()"
-                raise HapError(f"trace: the model fails on NaN, by which rows are followed ({says}); {do}") from error
+                raise HapError(f"trace: the model fails on NaN, by which rows are followed ({reason}); {do}") from error
             do = "leave the batch free, as by reshape(len(x), ...)"
-            raise HapError(f"trace: the model takes 1 sample but not {batch} ({says}); {do}") from error
+            raise HapError(f"trace: the model takes 1 sample but not {batch} ({reason}); {do}") from error
 
     def _send(self, batch: int, writes: dict[int, Tensor], outside: bool, padding: bool, shaken: int) -> Seen:
         self.batch, self.writes, self.outside, self.padding, self.shaken = batch, writes, outside, padding, shaken
@@ -137,17 +141,17 @@ class Taps:
         first, *rest = self.inputs[module][call]
         if x.shape != (self.batch * first, *rest):
             raise HapError(
-                f"{self.tapped[module]}: the batch must lead what a traced module reads, found {tuple(x.shape)} "
-                f"for {self.batch} samples where one gives {(first, *rest)}; pass opaque=[...] to leave it whole"
+                f"{self.tapped[module]}: the batch must be the first axis of its input, found {tuple(x.shape)} for "
+                f"{self.batch} samples and {(first, *rest)} for one; pass opaque=[...] to leave it whole"
             )
         where = slice(self.slot_starts[index], self.slot_starts[index + 1])
-        for noted, found in zip(self.seen, self._look(x, axis(module)), strict=True):
-            noted[:, where] |= found
+        for record, new in zip(self.seen, self._look(x, axis(module)), strict=True):
+            record[:, where] |= new
         y = clean.repeat(self.batch, *[1] * (clean.dim() - 1))
         return self._write(y, self.writes[index], axis(module) % y.dim(), index) if index in self.writes else y
 
     def _repeat(self, value: Any) -> Any:
-        """The clean value for each sample of the pass; NaN when the outside is probed."""
+        """The recorded value, once for each sample of the pass; NaN where `outside` is set."""
 
         def repeat(leaf: Any) -> Any:
             if not batched(leaf):
@@ -167,12 +171,13 @@ class Taps:
         return Seen(nans.cpu(), moved.cpu())
 
     def _sink(self, name: str, value: Any, feature: int | None) -> None:
-        """What reaches a barrier or the output: a row that does is frozen, whichever feature it reaches."""
+        """Add the slots of a barrier or of the output: a row that reaches one of them is frozen."""
         for leaf in tree_leaves(value):
             if not batched(leaf) or not leaf.is_floating_point():
                 continue
             if leaf.shape[0] % self.batch:
-                raise HapError(f"{name}: the batch must lead, found {tuple(leaf.shape)} for a batch of {self.batch}")
+                found = f"{tuple(leaf.shape)} for {self.batch} samples"
+                raise HapError(f"{name}: the batch must be the first axis, found {found}")
             flat = leaf if feature is not None else leaf.reshape(self.batch, -1)
             self.sinks.append(self._look(flat, 1 if feature is None else feature))
 
@@ -188,7 +193,7 @@ class Taps:
 
 
 class _Padding(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Pads with NaN."""
+    """Replaces the constant of every padding by NaN."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.constant_pad_nd.default:

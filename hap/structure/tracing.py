@@ -1,11 +1,11 @@
-"""Which rows feed which slots, found by sending NaNs through the model.
+"""Which rows of a model feed which slots, measured with NaNs that are sent through it.
 
 A row is an output channel of a mixing module (convolution, linear layer) or a channelwise one (batch normalisation);
-a slot is an input channel. Elementwise ops, sums, concatenation, pooling and reshapes keep a NaN, so the slots that
-see one are the slots that its row feeds. This file knows no architecture and no attention. It cannot see ops that
-swallow NaNs (a finite perturbation, sent beside each NaN, finds most of them), nor weights that are read without a
-call of their module (refused), nor widths that a forward pass has written out (a reshape to a fixed number of
-heads, a channel shuffle): `hap.testing.check_groups` finds both, and belongs after every trace of a new model.
+a slot is an input channel. Elementwise ops, sums, concatenation, pooling and reshapes keep a NaN, so the slots where a
+NaN arrives are the slots that its row feeds. This file knows no architecture and no attention. Three things can go
+wrong: ops that drop NaNs (finite noise, sent beside each NaN, detects most of them); weights that are read without a
+call of their module (refused where the module is never called); and widths that are constants in a forward pass (a
+reshape to a fixed number of heads, a channel shuffle). So call `hap.testing.check_groups` once for every new model.
 """
 
 from collections import Counter
@@ -23,32 +23,40 @@ from hap.structure.diagnosis import cause, refuse_random
 from hap.structure.layers import Call, evaluating, forward, plain_kernels, sort, starts, uncompiled
 from hap.structure.taps import Taps
 
-SAMPLES = 64  # in one pass: wide enough that Python does not count, and bounds the memory
+SAMPLES = 64  # per pass: enough that the time of Python is small, few enough to bound the memory
 
 
 @dataclass(frozen=True, eq=False)
 class Feeds:
-    """The relation row -> slot of one model as integer arrays; rows and slots are numbered module after module."""
+    """The relation row -> slot of one model as integer arrays; rows and slots are numbered over all its modules."""
 
-    modules: tuple[str, ...]
-    rows: tuple[int, ...]  # of each module
-    slots: tuple[int, ...]
-    positions: tuple[int, ...]  # output positions per sample of each module, for counting MACs
-    edges: Int[Tensor, "2 edges"]  # row, slot
-    frozen_rows: Bool[Tensor, "rows"]  # those that reach the output, or a module that is not sliced
-    frozen_slots: Bool[Tensor, "slots"]  # those that the input, an embedding or a bare parameter feeds
-    follows: dict[str, str]  # the channelwise module that reads a mixing module's output as it is, if one does
-    padded_slots: Bool[Tensor, "slots"]  # those that read a padded channel: it is there whatever goes
+    modules: tuple[str, ...]  # names of the sliced modules
+    rows: tuple[int, ...]  # number of rows of each module
+    slots: tuple[int, ...]  # number of slots of each module
+    positions: tuple[int, ...]  # output positions per sample of each module, over all its calls, to count MACs
+    edges: Int[Tensor, "2 edges"]  # one column (row, slot) for each pair
+    frozen_rows: Bool[Tensor, "rows"]  # rows that reach the output or a module that is not sliced
+    frozen_slots: Bool[Tensor, "slots"]  # slots that the input, an embedding or a bare parameter feeds
+    follows: dict[str, str]  # mixing module -> the channelwise module that reads its output unchanged, if any
+    padded_slots: Bool[Tensor, "slots"]  # slots that read a channel of padding, which no plan removes
 
 
 @torch.inference_mode(mode=False)
 @torch.no_grad()
 def trace(model: nn.Module, example: Any, *, call: Call = forward, opaque: Sequence[str] = ()) -> Feeds:
-    """Find which rows feed which slots.
+    """The relation row -> slot of a model: which output channels feed which input channels.
 
-    `example`: tensors with the batch on their first axis, of which one sample is used. `opaque`: modules to leave
-    whole; what enters or leaves them is frozen. The model runs in eval mode and is left as it was found. Raises
-    HapError, with the module's name and what to do, where a model cannot be traced.
+    `example`: input of the model, tensors with the batch on their first axis, of which the first sample is used.
+    `call(model, example)` gives the output. `opaque`: names of modules to leave whole; rows that feed them and slots
+    that they feed are frozen. The model runs in eval mode and is restored afterwards. HapError, with the module's name
+    and advice, where a model cannot be traced.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 5))
+    >>> feeds = trace(model, torch.zeros(1, 3, 2, 2))
+    >>> feeds.modules, feeds.rows, feeds.slots
+    (('0', '3'), (2, 5), (3, 8))
+    >>> feeds.edges.T.tolist()  # channel 0 feeds slots 3 to 6, channel 1 slots 7 to 10
+    [[0, 3], [0, 4], [0, 5], [0, 6], [1, 7], [1, 8], [1, 9], [1, 10]]
     """
     sliced, barriers = sort(model, opaque)
     with plain_kernels(), uncompiled(model), evaluating(model):
@@ -71,10 +79,17 @@ def declare(
     frozen: Sequence[str],
     call: Call = forward,
 ) -> Feeds:
-    """The escape hatch: Feeds from a table of (writer, reader, its rows, the slots they feed), pair by pair.
+    """Feeds from a table, for a model that `trace` refuses.
 
-    The rows of the modules in `frozen` and the slots that the table does not name are frozen. Names and ranges are
-    checked here; whether the table is true, `hap.testing.check_groups` finds out.
+    `table`: (writer, reader, rows, slots), where rows[i] of the module `writer` feeds slots[i] of the module `reader`,
+    numbered within their modules. Frozen are all rows of the modules in `frozen`, and the slots that are not in the
+    table. `example` and `call` as for `trace`. HapError for unknown names, numbers out of range and lists of unequal
+    length; whether the table is true, `hap.testing.check_groups` checks.
+
+    >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 3))
+    >>> feeds = declare(model, torch.zeros(1, 4), [("0", "2", [0, 1], [0, 1])], frozen=["2"])
+    >>> len(couple(model, feeds))
+    2
     """
     sliced, barriers = sort(model, ())
     with plain_kernels(), uncompiled(model), evaluating(model):
@@ -111,10 +126,10 @@ def _refuse_uncalled(taps: Taps) -> None:
 
 
 def _outside(taps: Taps) -> Tensor:
-    """The slots that something other than a row feeds: the input, an embedding, a bare parameter or buffer."""
+    """Mask of the slots that something else than a row feeds: the input, an embedding, a bare parameter or buffer."""
     others = [m for m in taps.model.modules() if m not in taps.index]
     bare = [t for m in others for t in [*m.parameters(False), *m.buffers(False)]]
-    # a single number is broadcast over whatever is left, so it ties nothing
+    # a single number is broadcast over all channels that remain, so it freezes none
     bare = [t for t in bare if t.is_floating_point() and t.numel() > 1]
     kept = [t.data for t in bare]
     try:
@@ -128,7 +143,7 @@ def _outside(taps: Taps) -> Tensor:
 
 def _reach(taps: Taps) -> Tensor:
     """[modules, slots]: whether any row of the module feeds the slot."""
-    found = []
+    parts = []
     for first in range(0, len(taps.modules), SAMPLES // 2):
         part = range(len(taps.modules))[first : first + SAMPLES // 2]
         n = len(part)
@@ -137,8 +152,8 @@ def _reach(taps: Taps) -> Tensor:
         if seen.nans[2 * n].any():  # the clean sample
             raise HapError("trace: the model gives NaN for the example as it is, or lets one sample change another")
         _refuse_swallowed(taps, part, seen.nans[:n], seen.moved[:n])
-        found.append(seen.nans[:n])
-    return torch.cat(found) if found else torch.zeros(0, taps.slot_starts[-1], dtype=torch.bool)
+        parts.append(seen.nans[:n])
+    return torch.cat(parts) if parts else torch.zeros(0, taps.slot_starts[-1], dtype=torch.bool)
 
 
 def _refuse_swallowed(taps: Taps, part: range, nans: Tensor, moved: Tensor) -> None:
@@ -149,12 +164,14 @@ def _refuse_swallowed(taps: Taps, part: range, nans: Tensor, moved: Tensor) -> N
         slot = int(lost.nonzero()[0]) if lost.any() else -1
         reader = sum(slot >= first for first in taps.slot_starts) - 1
         where = taps.names[reader] if 0 <= reader < len(taps.names) else "a normalisation or the output"
-        says = f"changes {where} but a NaN sent through it does not arrive there" if lost.any() else "reaches nothing"
-        raise HapError(f"{taps.names[i]}: its output {says}; {cause(taps, i)}")
+        symptom = (
+            f"changes {where} but a NaN sent through it does not arrive there" if lost.any() else "reaches nothing"
+        )
+        raise HapError(f"{taps.names[i]}: its output {symptom}; {cause(taps, i)}")
 
 
 def _colours(reach: Tensor) -> list[list[int]]:
-    """Sets of modules of which no two feed one slot, so that they can be probed in one pass."""
+    """Sets of modules that can be probed in one pass, because no two of a set feed one slot."""
     conflict = (reach.float() @ reach.float().T) > 0
     colours: list[list[int]] = []
     for i in range(len(reach)):
@@ -166,7 +183,7 @@ def _colours(reach: Tensor) -> list[list[int]]:
 
 
 def _decode(taps: Taps, reach: Tensor, colour: list[int]) -> Tensor:
-    """Edges [2, edges] of the modules of one colour: each row's number is written in bits along the samples."""
+    """Edges [2, edges] of the modules of one colour: the samples are the bits of a row's number (1: NaN)."""
     bits = max(1, (max(taps.rows[i] for i in colour) - 1).bit_length())
     writes = {}
     for i in colour:
@@ -177,12 +194,12 @@ def _decode(taps: Taps, reach: Tensor, colour: list[int]) -> Tensor:
     clear = (ones ^ zeros).all(0)
     number = (ones.int() << torch.arange(bits)[:, None]).sum(0) + torch.tensor(starts(taps.rows))[writer]
     edges = torch.stack([number, torch.arange(len(number))])[:, clear]
-    unclear = (ones & zeros).any(0)  # an impossible code: the slot is fed by several rows
+    unclear = (ones & zeros).any(0)  # a bit that is both 0 and 1: several rows feed the slot
     return torch.cat([edges, *_row_by_row(taps, [i for i in colour if (reach[i] & unclear).any()], reach, unclear)], 1)
 
 
 def _row_by_row(taps: Taps, colour: list[int], reach: Tensor, unclear: Tensor) -> Iterator[Tensor]:
-    columns = {i: (reach[i] & unclear).nonzero()[:, 0] for i in colour}  # few of all slots
+    columns = {i: (reach[i] & unclear).nonzero()[:, 0] for i in colour}  # only these slots, which are few
     for first in range(0, max((taps.rows[i] for i in colour), default=0), SAMPLES):
         rows = torch.arange(first, first + SAMPLES)
         writes = {i: rows[:, None] == torch.arange(taps.rows[i]) for i in colour}
@@ -207,6 +224,6 @@ def _assemble(taps: Taps, edges: Tensor, outside: Tensor, padded: Tensor) -> Fee
 
 
 def _sharing(taps: Taps) -> list[int]:
-    """The modules that share a parameter with another module: it cannot be cut for one of them."""
+    """Indices of the modules that share a parameter with another module: a cut for one would cut the other."""
     owners = Counter(id(p) for m in taps.model.modules() for p in m.parameters(False))
     return [i for i, m in enumerate(taps.modules) if any(owners[id(p)] > 1 for p in m.parameters(False))]

@@ -1,6 +1,6 @@
-"""Implants that stand in for heads: a map beside the layers, position by position, from what a head reads on.
+"""Implants that replace attention heads: a map of each position alone, from the input of a head to its effect.
 
-As a pointwise convolution drops the neighbourhood of a pixel, so it drops attention, the view of other tokens.
+As a pointwise convolution ignores the neighbours of a pixel, such an implant ignores the other tokens: no attention.
 """
 
 from collections import defaultdict
@@ -27,21 +27,24 @@ Pair = tuple[Float[Tensor, "positions slots"], Float[Tensor, "positions columns"
 
 @dataclass(frozen=True)
 class Passing:
-    """What an implant of heads may look at: the dense model over the calibration batches.
+    """The data from which an implant of heads is computed: activations of the dense model on the calibration batches.
 
-    Only positions that the output depends on: no padding, and of a last layer just what is pooled.
+    Only positions that the output depends on: no padding, and in a last layer only those that are pooled.
     """
 
-    batches: Callable[[], Iterator[Pair]]  # what the heads read, and what the layer behind them reads
-    slots: int  # how many numbers a head reads
-    rank: int  # that the plan has counted, of each head
-    constant: bool  # whether a bias costs nothing, for the layer behind has one
+    batches: Callable[[], Iterator[Pair]]  # inputs of the heads, and of the layer behind them
+    slots: int  # width of the input of the heads
+    rank: int  # rank of the map for all heads of the layer together, as the plan counts it
+    constant: bool  # whether a bias costs nothing, because the layer behind has one
 
 
 def bridge(
     small: nn.Module, model: nn.Module, groups: Groups, plan: Plan, implant: Any, batches: Iterable[Any], call: Call
 ) -> None:
-    """Puts an implant for the heads of each layer that the plan implants into `small`, in place."""
+    """Insert into `small`, in place, one implant for all heads of a layer that the plan implants.
+
+    `small`: the model without these heads; `model`: the dense one, in which `batches`, as `call` takes them, are run.
+    """
     layers = defaultdict[Around, list[int]](list)
     for head in (plan.fates(groups) == Fate.IMPLANT).nonzero()[:, 0].tolist():
         layers[around(groups, head)].append(head)
@@ -52,20 +55,20 @@ def bridge(
         columns = torch.isin(groups.slot_group[shape.slots_at], torch.tensor(members)).nonzero()[:, 0]
         rank, slots = (plan.rank or 0) * len(members), groups.shapes[between.source].slots
         passing = Passing(partial(iter, seen[between]), slots, rank, reader.bias is not None)
-        made = _absorbed(small.get_submodule(between.reader), implant(reader, columns, passing))
-        if any(p.numel() for p in made.parameters()):
-            _insert(small, between, made.train(reader.training))
+        module = _absorbed(small.get_submodule(between.reader), implant(reader, columns, passing))
+        if any(p.numel() for p in module.parameters()):
+            _insert(small, between, module.train(reader.training))
 
 
-def _insert(small: nn.Module, between: Around, made: nn.Module) -> None:
+def _insert(small: nn.Module, between: Around, implant: nn.Module) -> None:
     relay = Relay(between.reader)
     source, reader = small.get_submodule(between.source), small.get_submodule(between.reader)
     small.set_submodule(between.source, Lender(source, relay))
-    small.set_submodule(between.reader, Borrower(reader, made, relay))
+    small.set_submodule(between.reader, Borrower(reader, implant, relay))
 
 
 def _absorbed(reader: nn.Module, implant: nn.Module) -> nn.Module:
-    """The implant without the bias of its last layer, which goes into that of the layer behind it."""
+    """The implant without the bias of its last layer, which is added to the bias of `reader` instead."""
     last = list(implant.modules())[-1]
     if isinstance(last, nn.Linear) and isinstance(last.bias, Tensor) and isinstance(reader.bias, Tensor):
         with torch.no_grad():
@@ -75,14 +78,14 @@ def _absorbed(reader: nn.Module, implant: nn.Module) -> nn.Module:
 
 
 def _seen(model: nn.Module, layers: list[Around], batches: Iterable[Any], call: Call) -> dict[Around, list[Pair]]:
-    """What is read before and behind the heads, at the positions that a gradient of the output reaches."""
-    found: dict[Around, list[Pair]] = {between: [] for between in layers}
+    """The inputs of the heads and of the layers behind them, at the positions that a gradient of the output reaches."""
+    pairs: dict[Around, list[Pair]] = {between: [] for between in layers}
     names = list(dict.fromkeys(name for between in layers for name in between))
     for batch in batches:
         outputs, reads = tracked(model, call, batch, names)
         leaves = [leaf for leaf in tree_leaves(outputs) if batched(leaf) and leaf.requires_grad]
         with torch.enable_grad():  # the caller may have turned it off
-            # no plain sum: that of probabilities depends on nothing
+            # not the plain sum, which is constant for probabilities
             sums = [(leaf * torch.arange(1, leaf.shape[-1] + 1).to(leaf)).sum() for leaf in leaves]
             total = torch.stack(sums).sum()
         behind = [reads[between.reader] for between in layers]
@@ -92,5 +95,5 @@ def _seen(model: nn.Module, layers: list[Around], batches: Iterable[Any], call: 
             if x.shape[:-1] != c.shape[:-1]:
                 raise HapError(f"{between.reader}: as many positions as at {between.source} expected, for an implant")
             reached = (slope != 0).any(-1)
-            found[between].append((x[reached], c.detach()[reached]))
-    return found
+            pairs[between].append((x[reached], c.detach()[reached]))
+    return pairs

@@ -1,4 +1,4 @@
-"""Rows and slots that are there but say nothing: what removal computes, at full size and without surgery."""
+"""Rows and slots set to zero: a model of full size that computes what the pruned model computes."""
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -8,7 +8,7 @@ from hap.structure.layers import axis, first_tensor
 
 
 def silence(model: nn.Module, groups: Groups, gone: Gone) -> list[RemovableHandle]:
-    """Hooks on the model that write zeros into these rows and slots, until they are removed."""
+    """Add hooks to the model that set the rows and slots in `gone` to zero; returns their handles, to remove them."""
     handles = []
     for name, s in groups.shapes.items():
         module, idle, unread = model.get_submodule(name), gone.rows[s.rows_at], gone.slots[s.slots_at]

@@ -1,4 +1,4 @@
-"""The one module that surgery adds to a model: parts that write rows, put in their places among zeros."""
+"""The module that replaces a layer in surgery: its parts compute rows, which are put in their places among zeros."""
 
 import math
 from typing import Any
@@ -12,19 +12,25 @@ SIZES |= dict.fromkeys(("out_channels", "out_features", "num_features"), "width"
 
 
 class Patch(nn.Module):
-    """Modules that together write one output: each its rows, the rest zero, of the input channels `take`.
+    """Parts that read the input channels `take` and compute some rows of the output; the other rows are zero.
 
-    It answers as one layer of its size would: `in_channels`, `stride`, `weight` and the like, for forward passes that
-    read them. The tensors are computed, so that gradients pass through them, but to write into them changes nothing.
+    It has the attributes of one layer of its size, `in_channels`, `stride`, `weight` and so on, for forward passes that
+    read them. Its tensors are computed from those of the parts: gradients pass through them, but writes have no effect.
+
+    >>> pick = nn.Linear(2, 1, bias=False)
+    >>> _ = nn.init.ones_(pick.weight)
+    >>> patch = Patch([pick], places=torch.tensor([1]), take=torch.tensor([0, 2]), axis=-1, given=3, width=2)
+    >>> patch(torch.tensor([[1.0, 10.0, 100.0]])).tolist()  # row 1 is the sum of channels 0 and 2
+    [[0.0, 101.0]]
     """
 
     places: Tensor
     take: Tensor
-    # what tracing says of a module that has this attribute
+    # `trace` refuses a module that has this attribute, with this text
     unsliceable = "a Patch, so the model was pruned before; prune the dense one by as much as both"
 
     def __init__(self, parts: list[nn.Module], places: Tensor, take: Tensor, axis: int, given: int, width: int) -> None:
-        """`places`: of the rows that the parts compute, one after another; `given`, `width`: of input and output."""
+        """`places`: of the parts' rows in the output; `given`, `width`: channels of input and output."""
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.axis, self.given, self.width = axis, given, width
@@ -32,7 +38,7 @@ class Patch(nn.Module):
         self.register_buffer("take", take)
 
     def __getattr__(self, name: str) -> Any:
-        """What a layer of the new size would have under this name, where the part that is most like it has it."""
+        """The attribute `name` of one layer of this size; AttributeError if the part of the largest kernel lacks it."""
         if name in ("parts", "places", "take") or name.startswith("_") or not self.parts:
             return super().__getattr__(name)
         layer = max(self.parts, key=_taps)
@@ -45,18 +51,18 @@ class Patch(nn.Module):
         return vars(layer)[name] if name in vars(layer) else super().__getattr__(name)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The rows of all parts in their places, in the memory format in which they come."""
+        """The rows of all parts in their places, zeros elsewhere, in the memory format of the input."""
         if len(self.take) < self.given:
             input = self._taken(input)
         rows = [part(input) for part in self.parts]
         shape = list(rows[0].shape)
-        if self._beside(input, *rows):  # of a single channel one cannot tell
-            made = (torch.cat(rows, self.axis) if len(rows) > 1 else rows[0]).movedim(self.axis, -1)
-            blank = made.new_zeros(*made.shape[:-1], self.width)
-            return blank.scatter_(-1, self.places.expand_as(made), made).movedim(-1, self.axis)
-        made, shape[self.axis] = len(self.places), 1
-        order = self.places.new_full((self.width,), made)
-        order = order.index_copy(0, self.places, torch.arange(made, device=order.device))
+        if self._beside(input, *rows):  # rows too: a single channel has no memory format
+            written = (torch.cat(rows, self.axis) if len(rows) > 1 else rows[0]).movedim(self.axis, -1)
+            blank = written.new_zeros(*written.shape[:-1], self.width)
+            return blank.scatter_(-1, self.places.expand_as(written), written).movedim(-1, self.axis)
+        count, shape[self.axis] = len(self.places), 1
+        order = self.places.new_full((self.width,), count)
+        order = order.index_copy(0, self.places, torch.arange(count, device=order.device))
         return torch.cat([*rows, rows[0].new_zeros(shape)], self.axis).index_select(self.axis, order)
 
     def _taken(self, input: Tensor) -> Tensor:
@@ -66,9 +72,9 @@ class Patch(nn.Module):
         return beside.gather(-1, self.take.expand(*beside.shape[:-1], -1)).movedim(-1, self.axis)
 
     def _beside(self, *seen: Tensor) -> bool:
-        """Whether the channels of a position lie side by side: channels_last, tokens; gather and scatter are fast.
+        """Whether the channels of a position are adjacent in memory (channels_last, tokens): use gather and scatter.
 
-        index_select is slow then and loses the format; but a compiler fuses it, and it is the Gather of ONNX.
+        There, index_select is slow and loses the format. Compilers get it all the same: they fuse it, ONNX has it.
         """
         return any(x.stride(self.axis) == 1 for x in seen) and not torch.compiler.is_compiling()
 
@@ -78,7 +84,7 @@ def _taps(part: nn.Module) -> int:
 
 
 def _equivalent(patch: Patch, layer: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer of the one layer that computes what the patch does; None where no part has it."""
+    """The parameter or buffer `name` of one layer that computes what the patch does; None where no part has it."""
     owns = [{**part._parameters, **part._buffers} for part in patch.parts]
     like = next((own[name] for own in owns if own.get(name) is not None), None)
     if like is None or like.dim() == 0:
@@ -92,7 +98,7 @@ def _equivalent(patch: Patch, layer: nn.Module, name: str) -> Tensor | None:
 
 
 def _rows(patch: Patch, layer: nn.Module, part: nn.Module, name: str, count: int) -> Tensor:
-    """What the rows of a part have under this name in that layer; NaN where the part is not like it."""
+    """The rows of `_equivalent` that `part` computes; NaN where no layer like `layer` computes them."""
     value = {**part._parameters, **part._buffers}.get(name)
     weight = layer.get_parameter("weight") if isinstance(layer, nn.Linear | _ConvNd) else None
     like = next(t for t in (value, weight, *patch.parameters(), *patch.buffers()) if t is not None)
@@ -107,7 +113,7 @@ def _rows(patch: Patch, layer: nn.Module, part: nn.Module, name: str, count: int
 
 
 def _spread(patch: Patch, part: nn.Module, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The weight of a part among zeros: its kernel in the middle, at the channels that the part reads."""
+    """The weight of a part in a tensor of zeros: at the channels that the part reads, its kernel in the middle."""
     sides = [(w - k) // 2 for w, k in zip(shape[:1:-1], weight.shape[:1:-1], strict=True) for _ in "01"]
     weight, conv_groups = nn.functional.pad(weight, sides), getattr(part, "groups", 1)
     reads = patch.take.view(conv_groups, -1).repeat_interleave(shape[0] // conv_groups, 0)
@@ -116,7 +122,7 @@ def _spread(patch: Patch, part: nn.Module, weight: Tensor, shape: tuple[int, ...
 
 
 def _is_like(part: nn.Module, layer: nn.Module) -> bool:
-    """Whether a layer of the kind and stride of `layer`, zeros around its kernel, computes what the part does."""
+    """Whether a layer of the class and stride of `layer`, its kernel padded with zeros, can replace the part."""
     if not isinstance(part, _ConvNd) or not isinstance(layer, _ConvNd):
         return isinstance(part, nn.Linear) if isinstance(layer, nn.Linear) else part is layer
     alike = _taps(part) == 1 or part.dilation == layer.dilation
@@ -124,7 +130,7 @@ def _is_like(part: nn.Module, layer: nn.Module) -> bool:
 
 
 def _centre(conv: _ConvNd) -> list[float]:
-    """How far from the first position the middle of the kernel is at first, along each axis."""
+    """Where the middle of the kernel is for the first output position, in input positions along each axis."""
     if conv.padding == "same":
         return [0.0] * len(conv.kernel_size)
     pads = [0] * len(conv.kernel_size) if isinstance(conv.padding, str) else conv.padding
@@ -132,7 +138,7 @@ def _centre(conv: _ConvNd) -> list[float]:
 
 
 def _conv_groups(patch: Patch, conv: _ConvNd) -> int:
-    """The groups of a convolution of the new size that computes what this one does; 1 where its groups are torn."""
+    """`groups` of one convolution of this size that computes what `conv` does; 1 if parts of groups are missing."""
     if conv.groups == 1:
         return 1
     takes, places = (t.view(conv.groups, -1) for t in (patch.take, patch.places))

@@ -1,6 +1,7 @@
 """Functions that a spec of the tests can name, a spec that reads, and runs made up of numbers."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +130,11 @@ def without(record, *steps):
         part = part[step]
     del part[steps[-1]]
     return copy
+
+
+def unpadded(text):
+    """Tables in Markdown with one space around each cell."""
+    return "\n".join(re.sub(r" *(?<!\\)\| *", " | ", line).strip() for line in text.split("\n"))
 
 
 def fake_run(case: Any, seed: int, **changes: Any) -> Any:

@@ -24,6 +24,10 @@ def score(model, loss, batches, groups, *, rng, width: int = 1, name: str = "x")
     return random(model, loss, batches, groups, rng=rng)
 
 
+def untyped(model, loss, batches, groups, *, rng, power=2):
+    return random(model, loss, batches, groups, rng=rng)
+
+
 def same(model, loss, batches, groups, *, rng):
     return hessian_trace(model, loss, batches, groups, rng=rng)
 

@@ -49,6 +49,10 @@ def left_in(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
+def broke(job, why):
+    raise why
+
+
 def quiet(what):
     """A step of a command that says nothing."""
     return nullcontext(silent)
@@ -176,7 +180,7 @@ def test_a_record_that_another_process_makes_comes_last(spec, tmp_path, monkeypa
 
     monkeypatch.setattr("hap.harness.run.run", run)
     assert files.is_locked(busy)
-    make([Job(case, seed, results) for seed in spec.seeds], InProcess(), quiet)
+    make([Job(case, seed, results) for seed in spec.seeds], InProcess(), quiet, broke)
     assert order == [1, 2, 0]
 
 
@@ -186,7 +190,7 @@ def test_where_all_are_being_made_it_waits(spec, tmp_path, monkeypatch):
     monkeypatch.setattr("hap.harness.run.run", lambda case, seed, *, known, say, keep: fake_run(case, seed))
     start = time.monotonic()
     threading.Timer(0.5, done.set).start()
-    make([Job(case, 0, results)], InProcess(), quiet)
+    make([Job(case, 0, results)], InProcess(), quiet, broke)
     assert time.monotonic() - start >= 0.4
     other.join(60)
     assert Job(case, 0, results).file.exists()
@@ -201,6 +205,15 @@ def test_a_lock_that_no_one_holds_is_not_busy(spec, tmp_path):
 
 
 def test_a_case_that_is_not_there_is_one_line(spec, tmp_path):
-    assert [job.case.name for job in jobs(spec, None, tmp_path)] == ["hap"] * 3 + ["random"] * 3
+    assert [job.case.name for job in jobs(tmp_path / "table.toml", spec, None, tmp_path)] == ["hap"] * 3 + [
+        "random"
+    ] * 3
     with pytest.raises(HapError, match="--case nothing: must be a case of table, one of hap, random"):
-        jobs(spec, "nothing", tmp_path)
+        jobs(tmp_path / "table.toml", spec, "nothing", tmp_path)
+
+
+def test_the_command_that_makes_one_record_names_a_folder_that_is_not_the_usual_one(spec, tmp_path):
+    path = tmp_path / "reproductions" / "table.toml"
+    (usual, *_), (other, *_) = (jobs(path, spec, "hap", folder) for folder in (tmp_path / "results", tmp_path / "a b"))
+    assert usual.alone == f"hap record {path} hap 0"
+    assert other.alone == f"hap record {path} hap 0 --results '{tmp_path / 'a b'}'"

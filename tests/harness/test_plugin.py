@@ -9,12 +9,14 @@ import scipy.stats  # noqa: F401 - pytester forgets what a test imports, and sci
 import tiny
 from fakes import SPEC, fake_run, with_accuracy, write_spec
 
+from hap.harness import make  # noqa: F401 - nor can what is checked by type
 from hap.harness.plugin import EXECUTOR
 from hap.harness.processes.workers import InProcess
 from hap.harness.records import store
 from hap.harness.records.freshness import decides, entrances
 from hap.harness.spec.spec import load_spec
 from hap.harness.task import MissingData
+from hap.harness.verdicts import judge  # noqa: F401 - the same
 
 
 @pytest.fixture

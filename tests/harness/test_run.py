@@ -10,13 +10,15 @@ import torch
 
 import hap
 from hap import HapError
+from hap.cost import params
 from hap.harness.processes import provenance
 from hap.harness.processes.progress import Clock, silent
 from hap.harness.records import freshness, store
 from hap.harness.records.record import Run
-from hap.harness.run import one_shot, run
+from hap.harness.run import groups_of, load_task, one_shot, run
 from hap.harness.spec.functions import Ref
 from hap.harness.spec.spec import Case
+from hap.harness.supplied import Dense, agree
 from hap.harness.task import Data, Task
 from hap.harness.tasks.data import Images, Normalise, calibration, epoch, measure
 from hap.harness.tasks.nets import resnet
@@ -27,6 +29,7 @@ from hap.methods import magnitude
 from hap.plan import Budget
 from hap.structure.groups import couple
 from hap.structure.tracing import trace
+from hap.updates import least_squares
 
 NORMALISE = Normalise((0.5,), (0.25,))
 LOOKS: list[tuple[str, dict[str, torch.Tensor]]] = []  # which split was looked at, with which weights
@@ -341,6 +344,22 @@ def test_the_environment_is_json_and_tells_versions_and_threads(monkeypatch):
     assert list(found["packages"]) == ["numpy"]
 
 
+def test_the_environment_says_in_one_block_what_of_a_machine_moves_numbers(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    found = provenance.environment(torch.device("cpu"))["machine"]
+    assert found["processor"] == provenance.processor()
+    assert found["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert found["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert "driver" not in found
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92600)
+    monkeypatch.setattr(provenance, "_said", lambda program, *options: {"nvidia-smi": "580.65\n580.65"}.get(program))
+    found = provenance.environment(torch.device("cuda"))["machine"]
+    assert (found["driver"], found["cudnn"], found["cuda"]) == ("580.65", "92600", str(torch.version.cuda))
+    monkeypatch.setattr(provenance, "_said", lambda *command: None)
+    assert provenance.environment(torch.device("cuda"))["machine"]["driver"] == "unknown"
+
+
 def compared(score, **options):
     return replace_case(
         score=Ref(use=score, options=options), reference=Ref(use="hap.methods:hessian_trace"), finetune=None
@@ -408,3 +427,27 @@ def test_a_score_that_is_the_same_for_all_correlates_with_nothing():
     made = run(changed(score=Ref(use=f"{__name__}:flat"), reference=CASE.score, finetune=None), 1)
     assert made.metrics["ranking"]["spearman"] == 0
     assert 0 <= made.metrics["ranking"]["overlap"] <= 1
+
+
+def test_an_update_is_a_role_of_its_own_and_is_in_the_record(tmp_path):
+    """In place of no fine-tuning at all: what is left is nearer to the dense network."""
+    plain = changed(finetune=None)
+    updated = changed(finetune=None, update=Ref(use="hap.updates:least_squares", options={"ridge": 0.01}))
+    assert plain.key != updated.key
+    one, other = (run(case, 0) for case in (plain, updated))
+    assert other.config["update"] == {"use": "hap.updates:least_squares", "options": {"ridge": 0.01}}
+    assert other.plan["rows"] == one.plan["rows"]
+    assert other.metrics["one_shot"]["loss"] < one.metrics["one_shot"]["loss"]
+    assert store.load(store.save(other, tmp_path)) == other
+
+
+def test_what_an_update_adds_is_counted():
+    task = load_task(CASE.task, 0, fit)
+    groups = groups_of(task, CASE, Dense(CASE.task, 0, {}))
+    small, chosen = one_shot(magnitude, None, least_squares)(task, groups, Budget(params=0.3), rng=generator(0))
+    more = sum(chosen.added.values())
+    assert params(small) == round((1 - chosen.removed["params"]) * params(task.model)) + more
+    if more:
+        assert chosen.to_json()["added"] == chosen.added
+    with pytest.raises(HapError, match="the pruned model must be the one planned"):
+        agree("made up", task, small, replace(chosen, added={"x": more + 1}))

@@ -419,6 +419,7 @@ def test_columns_for_all_classes_but_two_are_all(columns):
     assert all((e == 0).all() for e in found.stderr.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [0, 1, 2])
 def test_one_drawn_column_is_unbiased_and_its_stated_error_is_a_bound(columns):
     """Over 300 seeds: z-scores of the mean within chance, stated variance at least the measured one up to chance."""
@@ -602,6 +603,7 @@ def test_hutchinson_has_no_error_where_the_hessian_is_diagonal():
     assert (found.stderr["0.weight"] < 1e-15).all()
 
 
+@pytest.mark.slow
 def test_on_a_pretrained_network_probes_agree_with_the_closed_form_within_their_error(hapdata, monkeypatch):
     """Z-scores of all channels of ResNet-20 on CIFAR-10; shared probes make them dependent, so the band is wide."""
     from hap.harness.tasks import cifar10_resnet20

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from hap import HapError
-from hap.harness.cli import commands, planning
+from hap.harness.cli import commands, compare, planning
 from hap.harness.cli.terminal import FOLDER, Context, Names, Results, executing, near, out, paths, results_of, say, told
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def doctor_machine(results: Results = None) -> None:
 
 app.command("power")(told(planning.power))
 app.command("nightly")(told(commands.nightly))
-app.command("compare")(told(commands.compare))
+app.command("compare")(told(compare.compare))
 
 
 @contextmanager
@@ -247,13 +247,16 @@ def _make(spec: "Spec", jobs: "list[Job]", executor: "Executor", skip: bool = Fa
     from hap.harness.task import MissingData
 
     broken = list[str]()
+
+    def broke(job: "Job", why: HapError) -> None:
+        broken.append(f"{spec.name}: {job.name} is BROKEN: {why}")
+        say(broken[-1])
+
     try:
         if ranks.shared(lambda: any(job.missing for job in jobs)):
             require(spec)
         with progress(spec.name, len(jobs), out) as step:
-            for job, error in make(jobs, executor, step):
-                broken.append(f"{spec.name}: {job.name} is BROKEN: {error}")
-                say(broken[-1])
+            make(jobs, executor, step, broke)
     except MissingData as error:
         if not skip or ranks.world() > 1:  # where one rank alone lacks it, the others would go on
             raise

@@ -1,16 +1,14 @@
-"""The commands `hap nightly` and `hap compare`; thin over the rest, which they import when called."""
+"""The command `hap nightly`; thin over the rest, which it imports when called."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hap import HapError
-from hap.harness.cli.terminal import Context, Names, Results, executing, near, out, paths, results_of, say
+from hap.harness.cli.terminal import Context, Names, executing, near, out, paths, say
 
 if TYPE_CHECKING:
-    from hap.harness.compare.rivals import Rival
     from hap.harness.nightly.measure import Made
     from hap.harness.nightly.regressions import Watched
     from hap.harness.processes.workers import Executor
@@ -64,101 +62,6 @@ def nightly(
         measuring.forget(name)
     say(f"{len(made.rows)} numbers of night {name} are in {near(file)}")
     return _watched(file, name, made, summary, junit)
-
-
-def compare(
-    context: Context,
-    function: Annotated[str | None, typer.Argument(metavar="PACKAGE.MODULE:FUNCTION", help="Your function.")] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="[K=V]...", help="More of --options.")] = None,
-    spec: Annotated[str | None, typer.Option(help="The spec whose committed evidence it is held against.")] = None,
-    options: Annotated[list[str] | None, typer.Option(metavar="K=V", help="Options of the function, as JSON.")] = None,
-    role: Annotated[str, typer.Option(help="What it is: score, method or implant.")] = "score",
-    against: Annotated[str | None, typer.Option(help="The case it replaces (default: HAP's, the first).")] = None,
-    rerun: Annotated[bool, typer.Option("--rerun", help="Run HAP's cases here too, not only yours.")] = False,
-    record: Annotated[bool, typer.Option("--record", help="Keep the result under results/compare/.")] = False,
-    known: Annotated[bool, typer.Option("--list", help="Name what can be compared with.")] = False,
-    results: Results = None,
-) -> None:
-    """Run your score, method or implant as HAP's committed evidence was run, and tell what can be concluded.
-
-    Nothing is edited, and nothing goes into results/ without --record. Runs are kept in .hap, and the same command
-    goes on from there; an edit of your package runs it anew.
-    """
-    from hap.harness.compare import rivals as comparing
-
-    if known:
-        _known(results)
-        return
-    if function is None or spec is None:
-        raise HapError("compare: a function and --spec are needed; --list names the specs")
-    if role not in comparing.ROLES:
-        raise HapError(f"--role {role}: must be one of {', '.join(comparing.ROLES)}")
-    if len(chosen := paths([spec])) > 1:
-        raise HapError(f"--spec {spec}: must be one spec, found {len(chosen)}")
-    rival = comparing.rival(function, _options([*(options or []), *(more or [])]), role)
-    with executing(context) as executor:
-        _compare(chosen[0], rival, against, rerun, record, results_of(chosen[0], results), executor)
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for pair in given:
-        name, is_one, text = pair.partition("=")
-        if not is_one or not name.isidentifier() or name in found:
-            raise HapError(f"--options {pair}: must be NAME=VALUE, each name once")
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return found
-
-
-def _compare(
-    path: Path,
-    rival: "Rival",
-    against: str | None,
-    rerun: bool,
-    record: bool,
-    results: Path,
-    executor: "Executor",
-) -> None:
-    from hap.harness.compare import conclusions as comparison
-    from hap.harness.compare import rivals as comparing
-    from hap.harness.compare.differences import Pairs, differences
-    from hap.harness.processes.progress import progress
-    from hap.harness.spec.spec import load_spec, require
-
-    spec = load_spec(path)
-    require(spec)
-    cases = comparing.baselines(spec, rival.role, against)
-    evidence = comparing.committed(spec, cases, results, rerun)
-    pairs = []
-    runs = sum(len(evidence[case.name]) for case in cases) * (1 + rerun)
-    with progress("compare", runs, out) as step:
-        for case in cases:
-            seeds = [run.seed for run in evidence[case.name]]
-            mine = [comparing.ran(rival, case, seed, executor, step) for seed in seeds]
-            theirs = [comparing.reran(case, seed, executor, step) for seed in seeds] if rerun else evidence[case.name]
-            pairs.append(Pairs(case, mine, theirs, comparing.others(spec, case, set(seeds), results)))
-    found = differences(spec, pairs)
-    text = comparison.told(spec, rival.ref.use, pairs, found)
-    say("")
-    say(text.rstrip("\n"))
-    if record:
-        for file in comparing.record(spec, rival, pairs, found, text, results):
-            say(f"recorded in {near(file)}")
-
-
-def _known(results: Path | None) -> None:
-    from hap.harness.compare import rivals as comparing
-    from hap.harness.spec.spec import load_spec
-
-    for path in paths(["all"]):
-        try:
-            for line in comparing.known(load_spec(path), results_of(path, results)):
-                say(line)
-        except HapError as error:
-            say(f"{path.stem}: cannot be compared with: {error}")
 
 
 def _specs(names: list[str] | None, tier: str | None) -> "dict[Path, Spec]":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hap import HapError, __version__
-from hap.harness.cli import pipeline
+from hap.harness.cli import pipeline, probe
 from hap.harness.processes.files import cache
 from hap.harness.records import store
 from hap.harness.spec.functions import Ref, ready
@@ -33,6 +33,7 @@ def lines(specs: Mapping[Path, Path]) -> Iterator[str]:
     yield f"hap {__version__}, Python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}"
     yield f"device: {device()}"
     yield machine()
+    yield probe.line()
     yield from extras()
     if not specs:
         yield "specs: none here; they lie in reproductions/ of a checkout"

@@ -20,8 +20,8 @@ from hap.harness.processes.files import caching
 from hap.harness.run import load_task
 from hap.harness.spec.spec import Case, Spec
 from hap.harness.task import Task
+from hap.harness.train.exact import exactly
 from hap.harness.train.loop import generator, threads
-from hap.harness.train.step import exactly
 
 
 def estimate(spec: Spec, say: Callable[[str], None]) -> Estimate:

@@ -4,9 +4,9 @@ Of each record: its sums and keys, the differences that follow from the costs be
 rule selects. Of records beside each other: one dense network and one convention for MACs for a workload, the published
 accuracy where the spec gives it (`bases`), equal budgets and workloads where a claim compares, no copies. Of each table
 we print: a row for each case, the means of its records, worked out here again, its selection rule and its convention;
-nothing may lie beside the tables. Comparisons (`recorded`) follow from the runs that they hold. Of each claim: that
-seeds can decide it at the effect that it assumes, and that its family is that of when its evidence was made, or the
-spec says why not.
+nothing may lie beside the tables. The page of a recorded comparison is what its spec and its records give. Of each
+claim: that seeds can decide it at the effect that it assumes, and that its family is that of when its evidence was
+made, or the spec says why not.
 
 What it cannot know: whether a record was made as it says (`hap run --again` does), and whether VERDICTS.md, index.html
 and the figures are those of today, which `hap report` writes.
@@ -16,21 +16,21 @@ import csv
 import math
 import re
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 from hap import HapError
-from hap.harness.compare import recorded
+from hap.harness.compare import comparison, conclusions
 from hap.harness.records import checks as integrity
-from hap.harness.records import store
+from hap.harness.records import outcomes, store
 from hap.harness.records.checks import BROKEN
 from hap.harness.records.record import Run
 from hap.harness.report import tables
 from hap.harness.report.markup import tex
 from hap.harness.spec.spec import Case, Spec, find_specs, load_spec
-from hap.harness.verdicts import families, power
+from hap.harness.verdicts import families, judge, power
 
 Runs = dict[str, list[Run]]
 Means = dict[str, float]  # column of the CSV -> what it must hold; nan: nothing
@@ -89,7 +89,7 @@ def lint(
     if whole:
         pages = (results / name for name in PAGES)
         found += [Finding(page, "a page of the records must be there", "none") for page in pages if not page.is_file()]
-    return found + [Finding(*wrong) for wrong in recorded.comparisons(results, specs)]
+    return [*found, *_comparisons(results)]
 
 
 def _file(run: Run, results: Path) -> Path:
@@ -250,3 +250,46 @@ def _beside(names: list[str], results: Path) -> Findings:
             yield Finding(file, "a table must be of a spec", file.stem)
         elif file.suffix[1:] not in KINDS:
             yield Finding(file, "a table must be one that `hap report` writes", file.name)
+
+
+def _comparisons(results: Path) -> Findings:
+    """What is wrong with the folders of results/compare; one that is damaged hides no other."""
+    for folder in sorted((results / "compare").glob("*")):
+        specs = find_specs(folder)
+        if len(specs) != 1:
+            yield Finding(folder, "a comparison must be a folder with one spec", f"{len(specs)} specs")
+            continue
+        try:
+            yield from _comparison(specs[0], folder)
+        except (HapError, *BROKEN, OSError) as error:
+            yield Finding(specs[0], "a comparison must be whole", f"{type(error).__name__}: {error}")
+
+
+def _comparison(path: Path, folder: Path) -> Findings:
+    """What is wrong with the spec, the records and the page of one comparison."""
+    spec, page, runs = load_spec(path, bind=False), folder / comparison.PAGE, Runs()  # a stranger's package may be gone
+    pairs = comparison.pairs(spec)
+    if folder.name != (name := comparison.name(spec)):
+        yield Finding(folder, f"its name must be {name}", folder.name)
+    if spec.claims != comparison.claims(pairs, spec.metric, spec.claims[0].source):
+        yield Finding(path, "its claims must be those that `hap compare` writes", "others")
+    for pair in pairs:
+        yield from (Finding(path, *each) for each in integrity.compared(*pair, {case.name: () for case in pair}))
+    # sizes may differ by more than a claim of ours allows, which the page says
+    damaged = list(_records(path, spec.model_copy(update={"claims": ()}), folder, runs))
+    yield from damaged
+    files = {case.name: {store.path(folder, case, seed) for seed in spec.seeds} for case in spec.cases.values()}
+    needed = {path, page}.union(*(files[case.name] for pair in pairs for case in pair))
+    bits = folder / spec.name / outcomes.FOLDER  # each is named by its hash, which holds it to its records
+    there = {file for file in folder.rglob("*") if not file.is_dir() and file.parent != bits}
+    yield from (Finding(file, "a file of a comparison must be there", "none") for file in sorted(needed - there))
+    for file in sorted(there - needed.union(*files.values())):
+        yield Finding(
+            file, "a file of a comparison must be its spec, its page, or a record of a case as it is", file.name
+        )
+    if not damaged and needed <= there:
+        wanted = conclusions.page(spec, runs, judge.verdicts(spec.claims, runs, spec.seeds)).split("\n\n")
+        found = [part for part in page.read_text("utf-8").split("\n\n") if not part.startswith(conclusions.AGE)]
+        for new, old in zip_longest(wanted, found, fillvalue=""):
+            if new != old:
+                yield Finding(page, "it must be what its records give", f"{old[:120]!r}")

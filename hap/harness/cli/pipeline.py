@@ -17,8 +17,10 @@ from hap import HapError
 from hap.harness.spec.functions import Ref
 from hap.harness.task import Task
 from hap.harness.tasks.decoding import AHEAD, Pictures, stream, workers
+from hap.harness.train.exact import exactly
 from hap.harness.train.recipe import Recipe
-from hap.harness.train.step import Stepper, exactly
+from hap.harness.train.step import Stepper
+from hap.structure.kernels import sound
 
 SECONDS = 1.5  # of each measurement, at least; and at least one step
 PART = 8  # images decoded at a time
@@ -74,11 +76,13 @@ def measured(pictures: Pictures, task: Task, recipe: Recipe, seconds: float = SE
 def _steps(task: Task, recipe: Recipe, batch: int) -> Iterator[int]:
     """Steps for ever, but for the optimiser's, which is a small part of them."""
     plain = replace(recipe, compile=False, distil=None, temperature=None)
-    step = Stepper(copy.deepcopy(task.model).train(), task, plain, batch)
+    model = copy.deepcopy(task.model).train()
+    step = Stepper(model, task, plain, batch)
     inputs = task.example.repeat(batch, *[1] * (task.example.dim() - 1))
     targets = torch.arange(batch, device=inputs.device)
     while True:
-        float(step(inputs, targets))  # waits for the device
+        with sound(model):
+            float(step(inputs, targets))  # waits for the device
         yield batch
 
 

@@ -27,6 +27,7 @@ from hap.harness.task import Task
 from hap.harness.train.loop import Curve, generator, snapshot
 from hap.harness.train.recipe import Recipe
 from hap.harness.train.step import LEAST, Stepper, optimiser
+from hap.structure.kernels import sound
 
 STEPS = 2  # that are timed, after one that warms up
 LOADING, MOST = 3.0, 64  # seconds, and batches, by which the loading of data is timed
@@ -35,6 +36,11 @@ SMALL = 4e10  # FLOPs of the forward pass of a step on a CPU
 
 def steps_of(model: nn.Module, task: Task, recipe: Recipe, rng: torch.Generator) -> Price:
     """The training of a recipe, by a few of its steps: data, forward, backward and optimiser."""
+    with sound(model):
+        return _steps(model, task, recipe, rng)
+
+
+def _steps(model: nn.Module, task: Task, recipe: Recipe, rng: torch.Generator) -> Price:
     before, plain = snapshot(model), replace(recipe, compile=False)
     here = recipe if next(model.parameters()).device.type == "cuda" else plain  # on a CPU it takes minutes to compile
     size, moved = recipe.micro_batch or recipe.batch_size, optimiser(model, recipe)

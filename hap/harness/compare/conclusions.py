@@ -1,64 +1,78 @@
-"""Differences -> what is told of a comparison: tables in Markdown, and sentences that say what can be concluded."""
+"""A comparison, its runs and the verdicts on its claims -> its page in Markdown: tables, and what can be concluded."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
-from hap.harness.compare.differences import ALPHA, Difference, Pairs
+import pandas as pd
+
+from hap.harness.compare.comparison import CONFIDENCE, WHEN, alike, pairs, stem
 from hap.harness.records.record import Run
-from hap.harness.spec.spec import Case, Spec
+from hap.harness.spec.spec import Claim, Spec
+from hap.harness.supplied import short
+from hap.harness.verdicts.judge import Outcome, Verdict
+from hap.harness.verdicts.measures import Runs, value
 from hap.harness.verdicts.statistics import FEWEST
 
-WHEN = {"one_shot": "before fine-tuning", "selected": "after fine-tuning"}
 PLACE = ("torch", "device", "cpu", "threads")  # of an environment: what moves numbers and times
-PARTS = ("params", "macs")
+AGE = "The age of the evidence"  # begins the one paragraph that is not of the records alone
 
 
-def told(spec: Spec, name: str, pairs: Sequence[Pairs], found: Sequence[Difference]) -> str:
-    """All of it, as Markdown."""
-    theirs = pairs[0].case.name.partition("@")[0]
-    head = f"{name} in the place of {theirs}, {spec.name}: test {spec.metric} in points, mean over seeds paired by seed"
-    parts = [head, quality(pairs, found, theirs), cost(pairs, theirs), *sentences(spec, pairs, found, theirs)]
-    return "\n\n".join(parts) + "\n"
+@dataclass(frozen=True)
+class Difference:
+    """A verdict with the runs of both sides and the rank of the first; `short`: it prunes less than its budget asks."""
+
+    verdict: Verdict
+    mine: Sequence[Run]
+    theirs: Sequence[Run]
+    rank: int
+    ranked: int
+    short: bool
+
+    @property
+    def says(self) -> str:
+        """What can be concluded: better, worse or open."""
+        sure = {Outcome.HOLDS: "better", Outcome.FAILS: "worse"}
+        return "open" if self.short or not self.verdict.observed else sure.get(self.verdict.says, "open")
 
 
-def quality(pairs: Sequence[Pairs], found: Sequence[Difference], theirs: str) -> str:
-    """A row a budget and stage: both methods, the difference with its interval, and the rank among all."""
-    seeds = {each.case.name: len(each.mine) for each in pairs}
-    level = f"{100 * (1 - ALPHA):g} % interval"
-    head = ["case", "stage", "seeds", "yours", theirs, "difference", level, "p (Holm)", "rank"]
-    rows = [
-        [
-            each.case,
-            WHEN[each.stage],
-            str(seeds[each.case]),
-            f"{each.mine:.2f}",
-            f"{each.theirs:.2f}",
-            f"{each.mean:+.2f}",
-            "no spread seen" if each.interval is None else f"{each.interval.low:+.2f} to {each.interval.high:+.2f}",
-            f"{each.p:.2g}",
-            "budget missed" if each.short else f"{each.rank} of {each.ranked}",
-        ]
-        for each in found
-    ]
-    return _table(head, rows)
+def page(spec: Spec, runs: Runs, verdicts: Sequence[Verdict]) -> str:
+    """All of it; only the paragraph that begins with AGE depends on more than the spec and the runs."""
+    found = [difference(spec, runs, verdict) for verdict in verdicts]
+    theirs = stem(pairs(spec)[0][1])
+    head = f"{spec.title}: test {spec.metric} in points, mean over seeds paired by seed"
+    tables = [pd.DataFrame([row(each, theirs) for each in found]).drop_duplicates() for row in (_quality, _cost)]
+    printed = [str(each.to_markdown(index=False, disable_numparse=True)) for each in tables]
+    return "\n\n".join([head, *printed, *sentences(spec, found, theirs)]) + "\n"
 
 
-def cost(pairs: Sequence[Pairs], theirs: str) -> str:
-    """A row a budget: what is pruned, the time of the score and of a forward pass, yours / theirs."""
-    head = ["case", "params pruned (%)", "MACs pruned (%)", "score (s)", "latency (ms)"]
-    return _table([head[0], *(f"{each}, yours / {theirs}" for each in head[1:])], map(_costs, pairs))
+def difference(spec: Spec, runs: Runs, verdict: Verdict) -> Difference:
+    """A verdict with its runs, ranked among all cases of the spec that prune as much and have runs."""
+    case, against = (spec.cases[str(name)] for name in (verdict.claim.case, verdict.claim.against))
+    strangers = [mine for mine, _ in pairs(spec)]
+    others = [e.name for e in spec.cases.values() if alike(e, against) and e not in strangers and runs.get(e.name)]
+    mean = _mean(runs[case.name], verdict.claim)
+    ahead = sum(_mean(runs[name], verdict.claim) > mean for name in others)
+    missed = any(short(case.budget, run.plan.get("removed", {})) for run in runs[case.name])
+    return Difference(verdict, runs[case.name], runs[against.name], 1 + ahead, 1 + len(others), missed)
 
 
-def sentences(spec: Spec, pairs: Sequence[Pairs], found: Sequence[Difference], theirs: str) -> Iterator[str]:
+def sentences(spec: Spec, found: Sequence[Difference], theirs: str) -> Iterator[str]:
     """What can be concluded, and what cannot."""
+    if old := dict.fromkeys(f"{e.verdict.age.state}, {e.verdict.age.why}" for e in found if e.verdict.age.why):
+        yield f"{AGE}: {'; '.join(old)}. What is stale counts for nothing; --rerun runs HAP's cases here, as they are."
     yield _concluded(found, theirs)
-    if missed := [each.case for each in pairs if _short(each.case, found)]:
-        yield _missed(missed)
-    yield _chance(pairs, found)
-    yield _place(pairs, theirs)
-    if spread := _unpaired(pairs):
-        yield spread
-    if any(not run.data["official"] for each in pairs for run in each.mine):
+    if missed := dict.fromkeys(str(each.verdict.claim.against) for each in found if each.short):
+        budgets = ((spec.cases[name].budget, name) for name in missed)
+        asked = ", ".join(f"{budget.target:g} of the {budget.unit} in {name}" for budget, name in budgets)
+        yield f"Your method prunes less than the budget asks ({asked}): nothing can be concluded there."
+    yield _chance(found)
+    both = [pair for each in found for pair in zip(each.mine, each.theirs, strict=True)]
+    yield _place(both, theirs)
+    if seeds := sorted({mine.seed for mine, other in both if mine.metrics["dense"] != other.metrics["dense"]}):
+        seed = ", ".join(map(str, seeds))
+        yield f"The dense networks that were pruned are not the same for seed {seed}: pairs share less."
+    if any(not mine.data["official"] for mine, _ in both):
         yield "The data are an unofficial copy, and so were those of the committed evidence."
     yield (
         "Ranks are of means and are not tested. All of this holds for this network, these data, budgets and this "
@@ -68,110 +82,85 @@ def sentences(spec: Spec, pairs: Sequence[Pairs], found: Sequence[Difference], t
 
 def _concluded(found: Sequence[Difference], theirs: str) -> str:
     parts = []
-    for verdict in ("better", "worse"):
-        chosen = [each for each in found if each.verdict == verdict]
-        if chosen:
-            places = "; ".join(f"{WHEN[each.stage]} in {each.case} by {abs(each.mean):.2f}" for each in chosen)
-            parts.append(f"Your method is {verdict} than {theirs} {places}.")
-    still = sum(each.verdict == "open" for each in found)
+    for says in ("better", "worse"):
+        sure = [each.verdict for each in found if each.says == says]
+        places = [f"{WHEN[v.claim.stage]} in {v.claim.against} by {abs(v.observed or 0):.2f}" for v in sure]
+        parts += [f"Your method is {says} than {theirs} {'; '.join(places)}."] if places else []
+    still = sum(each.says == "open" for each in found)
     if still == len(found):
-        why = "" if any(each.short for each in found) else f": no difference from {theirs} is told from chance"
+        why = "" if any(each.short for each in found) else f": no difference from {theirs} can be told from chance"
         parts.append(f"Nothing can be concluded{why}.")
     elif still:
         parts.append(f"Of the other {still} of {len(found)} differences nothing can be concluded, equality neither.")
     return " ".join(parts)
 
 
-def _short(case: Case, found: Sequence[Difference]) -> bool:
-    return any(each.short for each in found if each.case == case.name)
-
-
-def _missed(cases: Sequence[Case]) -> str:
-    asked = ", ".join(f"{case.budget.target:g} of the {case.budget.unit} in {case.name}" for case in cases)
-    return f"Your method prunes less than the budget asks ({asked}): budgets differ, so nothing can be concluded there."
-
-
-def _chance(pairs: Sequence[Pairs], found: Sequence[Difference]) -> str:
-    seeds = min(len(each.mine) for each in pairs)
-    if seeds < 2:
+def _chance(found: Sequence[Difference]) -> str:
+    if (seeds := len(found[0].mine)) < 2:
         return "One seed has no spread: nothing can be said of chance."
-    family = f"p-values are corrected for all {len(found)} differences (Holm), intervals stand alone"
-    kinds = {each.interval.kind for each in found if each.interval is not None}
-    bounds = (
-        "the wider of the bootstrap's (BCa) and Student's"
-        if "BCa" in kinds
-        else f"Student's, for the bootstrap needs {FEWEST} seeds"
+    more = "" if seeds >= FEWEST else f"; fewer than {FEWEST} seeds show large differences only"
+    bound = ", a bound on the safe side where records do not say which samples were right"
+    bounded = bound if any(each.verdict.bounded for each in found) else ""
+    return (
+        f"Intervals hold the error of the finite test set{bounded}, and stand alone; p-values are one-sided, decide up "
+        f"to {1 - CONFIDENCE:.3g}, and are corrected for all differences (Holm){more}."
     )
-    more = "" if seeds >= FEWEST else "; so few seeds find large differences only"
-    return f"Intervals over {seeds} seeds are {bounds}, and hold the error of the finite test set; {family}{more}."
 
 
-def _place(pairs: Sequence[Pairs], theirs: str) -> str:
-    different = {}
-    for each in pairs:
-        for mine, other in zip(each.mine, each.theirs, strict=True):
-            for part in PLACE:
-                here, there = mine.environment.get(part), other.environment.get(part)
-                if here != there:
-                    different[part] = f"{part} {here} here, {there} there"
-    runs = [(mine, other) for each in pairs for mine, other in zip(each.mine, each.theirs, strict=True)]
-    states = {_state(other) for mine, other in runs if mine.code["sha256"] != other.code["sha256"]}
-    old = f" They are of another state of the code, {', '.join(sorted(states))}." if states else ""
-    if not different:
+def _place(both: Sequence[tuple[Run, Run]], theirs: str) -> str:
+    places = [(part, *(run.environment.get(part) for run in pair)) for pair in both for part in PLACE]
+    if different := [f"{part} {here} here, {there} there" for part, here, there in places if here != there]:
+        names = "; ".join(dict.fromkeys(different))
         return (
-            f"Both ran with the same torch, device and threads; the times of {theirs} are those of its records, of "
-            f"another day at least, and on a busy machine a time is no measure.{old}"
+            f"The records of {theirs} were made elsewhere ({names}): a part of each difference may be "
+            "of the machine, and times cannot be compared. --rerun runs HAP's cases here too."
         )
     return (
-        f"The records of {theirs} were made elsewhere ({'; '.join(different.values())}): a part of each difference may "
-        f"be of the machine, and times cannot be compared.{old} --rerun runs HAP's cases here too."
+        f"Both ran with the same torch, device and threads; the times of {theirs} are those of its records, of another "
+        "day at least, and on a busy machine a time is no measure."
     )
 
 
-def _state(run: Run) -> str:
-    return f"commit {run.code['commit'][:10]}" if run.code["commit"] else "without a commit"
+def _quality(found: Difference, theirs: str) -> dict[str, str]:
+    """A row of the first table."""
+    verdict = found.verdict
+    none = verdict.low is None or verdict.high is None
+    return {
+        "case": str(verdict.claim.against),
+        "stage": WHEN[verdict.claim.stage],
+        "seeds": str(len(verdict.seeds)),
+        "yours": f"{_mean(found.mine, verdict.claim):.2f}",
+        theirs: f"{_mean(found.theirs, verdict.claim):.2f}",
+        "difference": f"{verdict.observed:+.2f}",
+        f"{100 * (2 * CONFIDENCE - 1):g} % interval": "none" if none else f"{verdict.low:+.2f} to {verdict.high:+.2f}",
+        "method": verdict.reason if none else verdict.method,
+        "rank": "budget missed" if found.short else f"{found.rank} of {found.ranked}",
+    }
 
 
-def _unpaired(pairs: Sequence[Pairs]) -> str | None:
-    """Whether the dense networks of a pair are not the same, and so share no more than a seed."""
-    both = [(mine, other) for each in pairs for mine, other in zip(each.mine, each.theirs, strict=True)]
-    seeds = sorted({mine.seed for mine, other in both if mine.metrics["dense"] != other.metrics["dense"]})
-    if not seeds:
-        return None
-    return (
-        f"The dense networks that were pruned are not the same for seed {', '.join(map(str, seeds))}: pairs share less."
-    )
+def _cost(found: Difference, theirs: str) -> dict[str, str]:
+    """A row of the second table: what is pruned, the time of the score and of a forward pass of the largest batch."""
 
+    def both(form: str, number: Callable[[Run], float]) -> str:
+        return " / ".join(format(fmean(map(number, runs)), form) for runs in (found.mine, found.theirs))
 
-def _costs(pairs: Pairs) -> list[str]:
-    cells = [pairs.case.name]
-    for part in PARTS:
-        cells.append(
-            " / ".join(f"{fmean(_pruned(run, part) for run in runs):.1f}" for runs in (pairs.mine, pairs.theirs))
-        )
-    cells.append(" / ".join(f"{fmean(map(_seconds, runs)):.2g}" for runs in (pairs.mine, pairs.theirs)))
-    cells.append(" / ".join(f"{1e3 * fmean(map(_latency, runs)):.3g}" for runs in (pairs.mine, pairs.theirs)))
-    return cells
+    def pruned(metric: str) -> Callable[[Run], float]:
+        return lambda run: value(run, found.verdict.claim.model_copy(update={"metric": metric}))
 
-
-def _pruned(run: Run, part: str) -> float:
-    return float(100 * (1 - run.cost["pruned"][part] / run.cost["dense"][part]))
-
-
-def _seconds(run: Run) -> float:
-    return run.seconds["score" if "score" in run.seconds else "prune"]
+    cells = {
+        "params pruned (%)": both(".1f", pruned("params_pruned")),
+        "MACs pruned (%)": both(".1f", pruned("macs_pruned")),
+        "score (s)": both(".2g", lambda run: run.seconds["score" if "score" in run.seconds else "prune"]),
+        "latency (ms)": both(".3g", _latency),
+    }
+    named = {f"{name}, yours / {theirs}": cell for name, cell in cells.items()}
+    return {"case": str(found.verdict.claim.against), **named}
 
 
 def _latency(run: Run) -> float:
-    found = run.cost["pruned"]["latency_seconds"]
-    return float(found[max(found, key=int)])
+    seconds = run.cost["pruned"]["latency_seconds"]
+    return 1e3 * float(seconds[max(seconds, key=int)])
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that is Markdown, and lines up on a terminal."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    padded = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    return "\n".join([padded[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *padded[1:]])
+def _mean(runs: Sequence[Run], claim: Claim) -> float:
+    return fmean(value(run, claim) for run in runs)

@@ -4,6 +4,9 @@ Pure numbers, higher is better, a number a night or a run; knows nothing of file
 of a test whose false alarms are bounded for independent normal noise of any size: whatever the fit could have chosen is
 paid for by Bonferroni's inequality, and dropping the extremes of the reference by calibration. What a family of them
 may raise is for the caller to say.
+
+Apache Otava (0.8) answers the same question without that bound: at its p of 0.001 it sees a change in 0.5 % of quiet
+series of 6 nights and in 3 % of those of 60 (400 simulated of each), here in at most 0.1 %.
 """
 
 from functools import cache

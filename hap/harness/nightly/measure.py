@@ -156,7 +156,7 @@ def measure(
 
 def of_run(night: str, spec: Spec, case: Case, run: Run) -> Iterator[Row]:
     """The rows of a record: a row for each claim it bears on, and of what is watched and not claimed."""
-    where = {"device": run.environment["device"], "cpu": speed.cpu()}
+    where = {"device": run.environment["device"], "cpu": provenance.processor()}
     where |= {part: run.environment[part] for part in ("threads", "torch")}
     for claim in watched(spec, case):
         yield Row(
@@ -193,7 +193,7 @@ def of_works(night: str, root: Path, known: Known, say: Say) -> list[Row]:
     with threads(speed.THREADS):
         found = speed.ratios(speed.works(root), speed.product())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    where: dict[str, str | int] = {"device": device, "cpu": speed.cpu(), "threads": speed.THREADS}
+    where: dict[str, str | int] = {"device": device, "cpu": provenance.processor(), "threads": speed.THREADS}
     where["torch"] = torch.__version__
     code = provenance.code()
     return [

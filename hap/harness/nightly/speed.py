@@ -5,7 +5,6 @@ is, falls out to first order; a ratio is not free of the machine, so a history k
 not know what the works do.
 """
 
-import platform
 import sys
 import time
 from collections import defaultdict
@@ -66,13 +65,3 @@ def product() -> Work:
         return time.perf_counter() - start
 
     return lambda: median(once() for _ in range(PRODUCTS))
-
-
-def cpu() -> str:
-    """The model of the processor, as the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

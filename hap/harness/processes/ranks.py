@@ -43,8 +43,9 @@ def joined() -> Iterator[None]:
     if not launched() or _together():
         yield
         return
-    backend, own = "gloo", int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available() and os.environ.get("HAP_DEVICE") != "cpu":
+    given = torch.device(placed(os.environ.get("HAP_DEVICE") or "cuda"))
+    backend, own = "gloo", int(os.environ["LOCAL_RANK"]) if given.index is None else given.index
+    if torch.cuda.is_available() and given.type == "cuda":
         if own >= torch.cuda.device_count():
             error = HapError(f"a GPU for each rank of a machine expected, found {torch.cuda.device_count()}")
             error.__dict__["rank"] = int(os.environ["RANK"])
@@ -70,6 +71,16 @@ def joined() -> Iterator[None]:
 def launched() -> bool:
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def placed(device: str) -> str:
+    """The device that is meant on this rank: of several ranks on a machine each has the GPU of its place there.
+
+    A number that is set once for all of them, as in HAP_DEVICE=cuda:0, would put them all on one GPU, so it counts for
+    a rank that is alone on its machine only.
+    """
+    several = launched() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+    return f"cuda:{os.environ['LOCAL_RANK']}" if several and device.partition(":")[0] == "cuda" else device
 
 
 def leave(code: int) -> None:

@@ -97,11 +97,13 @@ class Worker:
             self._process.terminate()
         with suppress(OSError):
             self._pipe.close()  # an idle worker ends when it reads that
-        self._process.join(GRACE)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._process, self._pipe, self._busy = None, None, False
+        try:
+            self._process.join(GRACE)
+        finally:  # also where Control-C is pressed again
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
+            self._process, self._pipe, self._busy = None, None, False
 
     def __enter__(self) -> "Worker":
         """Itself."""

@@ -35,7 +35,7 @@ from hap.harness.processes.provenance import checksum
 
 PACKAGE = Path(hap.__file__).parent
 ENTRANCE = "hap.harness.run:run"
-ROLES = ("task", "score", "method", "reference", "implant")
+ROLES = ("task", "score", "method", "reference", "implant", "update")
 # they say what happened and where, and keep it; no number comes from them
 SILENT = {
     f"hap.harness.{name}"

@@ -55,6 +55,7 @@ class Config(Part):
     method: Use | None = None
     reference: Use | None = None
     implant: Use | None = None
+    update: Use | None = None
 
 
 class Parts(Part):

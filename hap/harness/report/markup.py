@@ -2,8 +2,10 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+
+import pandas as pd
 
 # beyond Latin-1, what LaTeX sets by itself, and what it sets by a command that works in text
 SET_BY_LATEX = frozenset("‘’“”–—…•€")  # noqa: RUF001
@@ -24,14 +26,7 @@ LATEX = r"""% Made by `hap report` from the records of {name}; needs \usepackage
 \setlength{{\tabcolsep}}{{4pt}}
 \caption{{{caption}}}
 \label{{tab:{label}}}
-\begin{{tabular}}{{{columns}}}
-\toprule
-{head} \\
-\midrule
-{body}
-\bottomrule
-\end{{tabular}}
-\par\smallskip
+{table}\par\smallskip
 \begin{{minipage}}{{\linewidth}}
 \scriptsize
 {notes}
@@ -41,9 +36,8 @@ LATEX = r"""% Made by `hap report` from the records of {name}; needs \usepackage
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of these cells."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(plain(cell) for cell in line) + " |" for line in lines)
+    """A table of these cells, its columns padded to one width."""
+    return str(_frame(head, rows, plain).to_markdown(index=False, disable_numparse=True))
 
 
 def plain(text: str) -> str:
@@ -58,16 +52,18 @@ def slug(heading: str) -> str:
 
 def latex(name: str, caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str]) -> str:
     """A whole table for \\input: booktabs, the first column to the left and the others to the right, notes below."""
-    body = "\n".join(" & ".join(map(tex, row)) + r" \\" for row in rows)
+    shown = _frame(head, rows, tex).style.hide(axis="index")
     return LATEX.format(
         name=" ".join(name.split()),
         caption=tex(caption),
         label=re.sub(r"[^A-Za-z0-9.-]", "-", name),
-        columns="l" + "r" * (len(head) - 1),
-        head=" & ".join(map(tex, head)),
-        body=body,
+        table=shown.to_latex(hrules=True, column_format="l" + "r" * (len(head) - 1)),
         notes="\\par\n".join(map(tex, notes)),
     )
+
+
+def _frame(head: Sequence[str], rows: Iterable[Sequence[str]], escaped: Callable[[str], str]) -> pd.DataFrame:
+    return pd.DataFrame([list(map(escaped, row)) for row in rows], columns=list(map(escaped, head)))
 
 
 def tex(text: str) -> str:

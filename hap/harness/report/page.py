@@ -157,7 +157,10 @@ def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _environment(run: Run) -> tuple[tuple[str, str], ...]:
     where, code = run.environment, run.code
     packages = ", ".join(f"{name} {version}" for name, version in sorted(where.get("packages", {}).items()))
+    machine = where.get("machine", {})  # which records made before it was kept do without
     device = [str(where[name]) for name in ("device", "cpu") if where.get(name)]
+    device += [machine["processor"]] if machine else []
+    device += [f"{name} {machine[name]}" for name in ("driver", "cuda", "cudnn") if name in machine]
     threads = [f"{where['threads']} threads"] if where.get("threads") else []
     versions = [f"{name} {where[name]}" for name in ("python", "torch") if where.get(name)]
     return (

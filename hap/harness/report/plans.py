@@ -20,7 +20,9 @@ def budgets(spec: Spec) -> dict[str, str]:
 
 
 def words(budget: Budget) -> str:
-    """70 % of the parameters pruned."""
+    """70 % of the parameters pruned, or 50 % of layer1.*.conv1 pruned."""
+    if budget.ratios is not None:
+        return f"{', '.join(f'{100 * share:g} % of {glob}' for glob, share in budget.ratios.items())} pruned"
     return f"{100 * budget.target:g} % of the {UNITS[budget.unit]} pruned"
 
 

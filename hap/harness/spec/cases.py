@@ -32,6 +32,7 @@ class Case(Strict):
     coupling: Coupling = "union"
     prune: Prune = "all"  # or attention heads alone
     implant: Ref | None = None
+    update: Ref | None = None  # new weights for what is left
     budget: InstanceOf[Budget]
     finetune: InstanceOf[Recipe] | None = None
     recalibrate: bool = False  # BatchNorm statistics measured anew after surgery
@@ -39,11 +40,13 @@ class Case(Strict):
     @property
     def decides(self) -> dict[str, Any]:
         """Everything that decides the result but the seed, JSON-able; switches that are off are left out."""
-        parts = {name: getattr(self, name) for name in ("task", "score", "method", "reference", "coupling", "implant")}
+        names = ("task", "score", "method", "reference", "coupling", "implant", "update")
+        parts = {name: getattr(self, name) for name in names}
         parts = {name: part.model_dump() if isinstance(part, Ref) else part for name, part in parts.items()}
         for name, part in (("budget", self.budget), ("finetune", self.finetune)):
             # a switch that a later version adds, and that is off, must not orphan the evidence of today
-            parts[name] = part and {k: v for k, v in asdict(part).items() if v is not None and v is not False}
+            told = {k.rstrip("_"): v for k, v in asdict(part).items()} if part else {}  # `except_` as a spec spells it
+            parts[name] = part and {k: v for k, v in told.items() if v is not None and v is not False}
         parts["recalibrate"] = self.recalibrate or None
         parts["prune"] = None if self.prune == "all" else self.prune
         return {name: part for name, part in parts.items() if part is not None}
@@ -71,6 +74,7 @@ class CaseTable(Strict):
     coupling: Coupling = "union"
     prune: Prune = "all"
     implant: Spelled = None
+    update: Spelled = None
     budget: dict[str, Any] | None = None
     finetune: Table = None
     recalibrate: bool = False
@@ -128,8 +132,9 @@ def _inherit(name: str, cases: Mapping[str, CaseTable], heirs: tuple[str, ...] =
 
 
 def few(ref: Ref) -> tuple[float, Ref]:
-    """A function with few probes, and how many times as many it has."""
-    probes = {**_options(ref), **ref.options}.get("probes")
+    """A function with few probes, and how many times as many it has; an exact curvature draws none."""
+    options = {**_options(ref), **ref.options}
+    probes = None if options.get("curvature") == "exact" else options.get("probes")
     if not isinstance(probes, int) or probes <= SMOKE_PROBES:
         return 1.0, ref
     return probes / SMOKE_PROBES, ref.model_copy(update={"options": {**ref.options, "probes": SMOKE_PROBES}})
@@ -145,6 +150,8 @@ def _implanted(where: str, case: Case) -> None:
         raise wrong(f"{where}.reference", "a method has no scores to compare", case.reference.use)
     if case.method is not None and case.implant is not None:
         raise wrong(f"{where}.implant", "a method brings its own implants", case.implant.use)
+    if case.method is not None and case.update is not None:
+        raise wrong(f"{where}.update", "a method brings its own updates", case.update.use)
     if case.score is not None and (case.budget.implant > 0) != (case.implant is not None):
         found = case.implant and case.implant.use
         raise wrong(f"{where}.implant", "is given exactly when budget.implant is above 0", found)
@@ -154,12 +161,19 @@ def _implanted(where: str, case: Case) -> None:
 
 
 def _budgets(where: str, table: dict[str, Any]) -> Iterator[tuple[str, Budget]]:
-    lists = [field for field, value in table.items() if isinstance(value, list)]
+    """The budgets of a table, one for each number of the list that stands in the place of one number."""
+    table = {"except_" if field == "except" else field: value for field, value in table.items()}
+    shares = table.get("ratios")
+    shares = shares if isinstance(shares, dict) else {}
+    lists = [(f, v) for f, v in table.items() if isinstance(v, list) and f not in ("only", "except_")]
+    lists += [(glob, value) for glob, value in shares.items() if isinstance(value, list)]
     if not lists:
         yield "", build(where, Budget, table)
         return
-    if len(lists) > 1 or not table[lists[0]]:
+    if len(lists) > 1 or not lists[0][1]:
         raise wrong(where, "may give one list, not an empty one", table)
-    for value in table[lists[0]]:
-        budget = build(where, Budget, {**table, lists[0]: value})
+    name, values = lists[0]
+    for value in values:
+        one = {"ratios": {**shares, name: value}} if name in shares else {name: value}
+        budget = build(where, Budget, {**table, **one})
         yield f"@{100 * value:g}", budget

@@ -28,8 +28,9 @@ ROLES: dict[str, Role] = {
     "reference": (("model", "loss", "batches", "groups"), ("rng",)),
     "method": (("task", "groups", "budget"), ("rng",)),
     "implant": (("module", "rows", "inputs"), ()),
+    "update": (("reader", "kept", "moments"), ()),
 }
-OFFERED = {"pruned", "halves", "fit"}  # what a caller hands over to a function that asks for it
+OFFERED = {"pruned", "halves", "fit", "weighted"}  # what a caller hands over to a function that asks for it
 
 
 class Strict(BaseModel):

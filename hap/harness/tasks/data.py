@@ -93,10 +93,10 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], file: Path) -> nn.M
 
 
 def device() -> torch.device:
-    """Where a task puts its model and its data: $HAP_DEVICE, else a GPU, else the CPU."""
+    """Where a task puts its model and its data: $HAP_DEVICE, else a GPU, that of this rank, else the CPU."""
     given = os.environ.get("HAP_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=given).device
+        return torch.empty(0, device=ranks.placed(given)).device
     except (RuntimeError, AssertionError) as error:  # an unknown name; a device that is not there
         found = f"{given!r} ({first_line(error)})"
         raise HapError(f"HAP_DEVICE: a device of this machine expected, found {found}") from None

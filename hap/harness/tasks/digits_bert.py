@@ -12,6 +12,7 @@ from torch import nn
 from hap.harness.task import Data, MissingData, Task
 from hap.harness.tasks import digits_preresnet, encoder, text
 from hap.harness.tasks.cache import Trained, cached
+from hap.harness.tasks.data import device
 from hap.harness.train import loop as training
 from hap.harness.train import recipe as recipes
 from hap.harness.train import step as stepping
@@ -57,8 +58,9 @@ def task(
     if smoke:
         parts = {name: tokens.part(torch.arange(encoder.SMOKE[name])) for name, tokens in parts.items()}
         samples, recipe = min(samples, encoder.SMOKE["calibration"]), replace(RECIPE, epochs=1)
+    parts = {name: tokens.to(device()) for name, tokens in parts.items()}
     made = encoder.workload(
-        "digits_bert", _network(seed), parts, data, seed,
+        "digits_bert", _network(seed).to(device()), parts, data, seed,
         pad=0, samples=samples, batch=batch, train_samples=None, metric="accuracy", shown=LENGTH,
     )  # fmt: skip
     made = replace(made, threads=1)  # so small a network gains nothing from a second

@@ -28,11 +28,13 @@ from hap.harness.task import Task
 from hap.harness.train.checkpoints import Keeper, Point
 from hap.harness.train.checkpoints import State as State
 from hap.harness.train.ema import averaging
+from hap.harness.train.exact import exactly as exactly
+from hap.harness.train.exact import undetermined
 from hap.harness.train.recipe import Recipe as Recipe
 from hap.harness.train.recipe import learning_rate as learning_rate
 from hap.harness.train.step import Stepper, dropping, memory_ran_out, optimiser
-from hap.harness.train.step import exactly as exactly
 from hap.harness.train.step import threads as threads
+from hap.structure.kernels import sound
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def fit(
     """
     if recipe.distil is not None and task.model is model:
         raise HapError(f"{task.name}: recipe.distil needs a dense model to learn from, found the model that is trained")
-    with threads(task.threads), exactly(), synchronised(model):
+    with threads(task.threads), exactly(), synchronised(model), sound(model):
         trainer = _Trainer(model, task, recipe, rng, say)
         keeper = None if keep is None else Keeper(keep, trainer.identity(snapshots), snapshots)
         states = trainer.resume(keeper)
@@ -108,17 +110,23 @@ class _Trainer:
         self.optimiser = optimiser(self.model, recipe)
 
     def epoch(self, number: int, before: Point) -> None:
-        """One epoch; again from `before` with smaller micro-batches where memory runs out, told once."""
+        """One epoch; again from `before` with smaller micro-batches where memory runs out, told once.
+
+        Likewise with ops that have no deterministic algorithm, where the model calls any.
+        """
         start, told = time.perf_counter(), len(self.step.notes)
         while True:
             try:
                 loss, lr = self._pass(number) if number < self.recipe.epochs else self._stabilise()
                 break
             except RuntimeError as error:
-                if not memory_ran_out(error):
+                line = undetermined(error)
+                if line is None and not memory_ran_out(error):
                     raise
                 # the other ranks are still waiting for this one, and would not begin the epoch again
-                if ranks.world() > 1 or not self.step.halve():
+                if line is not None:
+                    self.step.accept(line)
+                elif ranks.world() > 1 or not self.step.halve():
                     raise Broken(
                         f"{self.task.name}: memory ran out with micro-batches of {self.step.micro_batch} samples "
                         f"({' '.join(str(error).split())[:120]})"

@@ -65,7 +65,11 @@ class Recipe:
 
 
 def learning_rate(recipe: Recipe, epochs: float, ahead: float = 0.0) -> float:
-    """The learning rate after `epochs`, fractions included; a warm-up counts the step `ahead` as taken."""
+    """The learning rate after `epochs`, fractions included; a warm-up counts the step `ahead` as taken.
+
+    Not torch.optim.lr_scheduler: its schedules are recursive, so that they drift from these by 2e-12, and have a state
+    that a checkpoint would have to keep.
+    """
     done = epochs / recipe.epochs
     steps = [each / recipe.epochs for each in recipe.milestones or ()] or [0.5, 0.75]
     factor = {

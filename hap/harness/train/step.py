@@ -75,6 +75,12 @@ class Stepper:
         )
         return True
 
+    def accept(self, line: str) -> None:
+        """Ops without a deterministic algorithm are called from here on, and `line` says so."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        self._forward = None  # what averages over ranks is left in the middle of a pass
+        self.note(line)
+
     def note(self, line: str) -> None:
         """Keeps a line for the record, once: a training that goes on meets the same again."""
         if line not in self.notes:
@@ -160,18 +166,6 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def exactly() -> Iterator[None]:
-    """The same numbers each time on one machine, float32 where they say so: no TF32, no algorithm chosen by timing."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
-    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 def distillation(outputs: Tensor, taught: Tensor, temperature: float) -> Tensor:

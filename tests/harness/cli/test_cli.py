@@ -54,6 +54,8 @@ def test_run_makes_judges_reports_and_sums_up(folder):
         "  HOLDS     hap is no worse than random\n"
         f"             observed 0.55 (0.4657 to 0.6343; Student, test set of {LARGE}) over 3 seeds, "
         "claimed accuracy selected of hap - random >= 0 ± 0.5\n"
+        "             its records do not say which samples were right, so the error of the test set is a bound, on the "
+        "safe side\n"
         "             whether its code is that of today is not known: git has no commit abc here\n"
         "             source: the suite\n"
     ) in told.stdout
@@ -241,6 +243,7 @@ def strange(folder, *names, budget=0.5):
     return write_spec(folder, f"{head}{cases}[[claims]]{claims}".replace("[0, 1, 2]", "[0]"), "strange")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [True, False], ids=["of a terminal", "to the command alone"])
 def test_control_c_in_a_real_process(tmp_path, both):
     """A terminal sends the signal to the command and to its worker; finished records are kept, nothing else is left."""
@@ -253,10 +256,11 @@ def test_control_c_in_a_real_process(tmp_path, both):
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert told.strip() == f"hap: interrupted; {terminal.KEPT}"
-    assert [path.name for path in (tmp_path / "results").rglob("*") if path.is_file()] == ["seed0.json"]
+    assert [path.name for path in (tmp_path / "results").rglob("*.*") if path.suffix != ".txt"] == ["seed0.json"]
     assert not list((tmp_path / "cache").rglob(".*"))
 
 
+@pytest.mark.slow
 def test_records_that_end_their_process_are_broken_and_the_others_are_made(tmp_path):
     """A score that aborts, one that is killed and one that lacks memory; then the command that repeats one."""
     path = strange(tmp_path, "aborts", "killed", "exhausts", "same")
@@ -276,10 +280,7 @@ def test_records_that_end_their_process_are_broken_and_the_others_are_made(tmp_p
     process = started(tmp_path, "record", str(path), "aborts@50", "0")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert errors == (
-        f"hap: strange: aborts@50 seed 0 is BROKEN: its process was ended by SIGABRT; to repeat it: "
-        f"hap record {path} aborts@50 0\n"
-    )
+    assert errors == "hap: strange: aborts@50 seed 0 is BROKEN: its process was ended by SIGABRT\n"
 
 
 @pytest.fixture
@@ -398,7 +399,7 @@ HEAVY = ("torch", "pandas", "matplotlib", "scipy.stats")
     ("args", "not_imported", "says"),
     [
         ("--help", (*HEAVY, "numpy", "scipy", "pydantic"), "doctor"),
-        ("list", (*HEAVY, "numpy", "scipy"), "digits"),
+        ("list", (*HEAVY, "scipy"), "digits"),
         ("judge digits", HEAVY, "HOLDS"),
         ("judge digts", (*HEAVY, "numpy"), "spec digts: must be a file or a name"),
         ("run digts", (*HEAVY, "numpy"), "spec digts: must be a file or a name"),

@@ -14,6 +14,7 @@ from hap.harness.tasks import encoder
 
 ROOT = Path(__file__).parents[3]
 SPECS = find_specs(ROOT / "reproductions")
+QUICK = ("digits", "digits-bert", "mrpc-minilm")  # the others take minutes together
 LIKE = "preresnet29-cifar10"  # the specs of the other networks on a GPU have its cases
 
 
@@ -38,7 +39,9 @@ def made_up(fakedata, sentences, bert, imagenets, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("made_up")
-@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem not in QUICK)) for path in SPECS]
+)
 def test_a_spec_goes_through_every_stage(path, tmp_path, monkeypatch):
     monkeypatch.setenv("HAP_CACHE", str(tmp_path))
     before = sorted(file for file in (ROOT / "results").rglob("*") if file.is_file())

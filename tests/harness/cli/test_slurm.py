@@ -103,6 +103,7 @@ def test_a_model_that_is_not_trained_keeps_no_record_waiting(cluster):
     assert [len(chain) for chain in slurm._chains(records(cluster, ("hap", "random")))] == [1] * 6
 
 
+@pytest.mark.slow
 def test_the_others_go_when_their_first_has_ended(cluster, monkeypatch):
     monkeypatch.setattr("fakes.task", lambda seed, *, width=4, fit=None: None)
     line = "test -e made{seed} && touch after{seed}; touch made{seed}"
@@ -133,6 +134,7 @@ def test_nothing_to_make_needs_no_cluster(cluster):
     slurm.fan_out([], slurm.options(["partition=gpu"]), print)
 
 
+@pytest.mark.slow
 def test_a_cluster_that_refuses_a_job_is_one_line_and_the_others_run(cluster, monkeypatch):
     class Executor:
         def __init__(self, real):
@@ -152,6 +154,7 @@ def test_a_cluster_that_refuses_a_job_is_one_line_and_the_others_run(cluster, mo
     assert len(list(cluster.glob("made*"))) == 2
 
 
+@pytest.mark.slow
 def test_jobs_run_and_are_told_of(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "_job", shell("touch made{seed}"))
     told = []
@@ -161,6 +164,7 @@ def test_jobs_run_and_are_told_of(cluster, monkeypatch):
     assert len(told) == 6
 
 
+@pytest.mark.slow
 def test_no_more_jobs_at_once_than_asked(cluster, monkeypatch):
     """Each job looks whether another is there while it works."""
     line = "ls running* 2>/dev/null && touch crowd{seed}; touch running{seed}; sleep 0.3; rm running{seed}"
@@ -169,6 +173,7 @@ def test_no_more_jobs_at_once_than_asked(cluster, monkeypatch):
     assert not list(cluster.glob("crowd*"))
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_one_line_and_the_others_end(cluster, monkeypatch):
     monkeypatch.setattr(
         slurm, "_job", shell("test {seed} != 1 || {{ echo 'hap: no data' >&2; exit 2; }}; touch made{seed}")
@@ -179,11 +184,13 @@ def test_a_job_that_fails_is_one_line_and_the_others_end(cluster, monkeypatch):
     assert sorted(file.name for file in cluster.glob("made*")) == ["made0", "made2"]
 
 
+@pytest.mark.slow
 def test_a_job_that_dies_is_one_line(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "_job", shell("kill -9 $PPID"))  # the process that submitit started
     assert len(slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), print)) == 3
 
 
+@pytest.mark.slow
 def test_a_command_that_a_signal_ends_is_told_with_the_signal_and_how_to_repeat_it(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "_job", shell("kill -ABRT $$"))
     lines = slurm.fan_out(records(cluster), slurm.options(["cluster=local,jobs=3"]), print)
@@ -193,6 +200,7 @@ def test_a_command_that_a_signal_ends_is_told_with_the_signal_and_how_to_repeat_
     assert re.fullmatch(says, min(lines))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the job's process is found through /proc")
 def test_a_job_that_was_preempted_continues(cluster, monkeypatch):
     """Its first time it waits to be preempted; it is queued again, and finds what it did before."""

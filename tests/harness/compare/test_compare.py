@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,13 +17,12 @@ import hap.harness.run as procedure
 from hap import HapError
 from hap.harness.cli import app as cli
 from hap.harness.cli.lint import lint
-from hap.harness.compare import conclusions as comparison
-from hap.harness.compare import rivals as compare
-from hap.harness.compare.differences import Pairs, differences
+from hap.harness.compare import comparison, conclusions
 from hap.harness.make import Job, ensure
 from hap.harness.processes.workers import InProcess
 from hap.harness.records import store
 from hap.harness.spec.spec import load_spec
+from hap.harness.verdicts import judge
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "tests" / "example_package"
@@ -67,6 +67,29 @@ def hap(*args):
     return CliRunner().invoke(cli.app, args, obj=InProcess())
 
 
+@pytest.fixture(scope="module")
+def kept(made, tmp_path_factory):
+    """What --record wrote under results/compare of a comparison with hap@50, taken away from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        patch.setenv("HAP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        told = hap("compare", "strangers:score", "--spec", "tiny", "--record", "--against", "hap@50")
+    assert told.exit_code == 0, told.output
+    return (made / "results" / "compare").rename(tmp_path_factory.mktemp("kept") / "compare")
+
+
+@pytest.fixture
+def recorded(folder, kept):
+    """The folder of that comparison, there for one test."""
+    there = shutil.copytree(kept, folder / "results" / "compare")
+    yield next(there.iterdir())
+    shutil.rmtree(there)
+
+
+def findings():
+    return [each.line for each in lint(Path("reproductions"), Path("results")) if "compare" in str(each.file)]
+
+
 def files(folder):
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -84,7 +107,7 @@ def test_the_worst_score_is_told_from_haps_and_nothing_is_left_behind(folder):
     assert files(folder) == before
     text = told.stdout[told.stdout.index("strangers:worst in the place of hap") :]
     head, *lines = rows(text)
-    assert head == ["case", "stage", "seeds", "yours", "hap", "difference", "95 % interval", "p (Holm)", "rank"]
+    assert head == ["case", "stage", "seeds", "yours", "hap", "difference", "95 % interval", "method", "rank"]
     assert [line[0] for line in lines] == ["hap@50", "hap@70"]
     spec = load_spec(folder / "reproductions" / "tiny.toml")
     mine = [store.load(file) for file in sorted(Path(os.environ["HAP_CACHE"]).rglob("strangers-worst@50-*/seed?.json"))]
@@ -94,8 +117,10 @@ def test_the_worst_score_is_told_from_haps_and_nothing_is_left_behind(folder):
     assert lines[0][3:6] == [f"{means[0]:.2f}", f"{means[1]:.2f}", f"{means[0] - means[1]:+.2f}"]
     assert lines[0][8] == "4 of 4"  # behind hap, random and implanted, all with half of the parameters gone
     assert lines[1][8] == "2 of 2"
-    assert "| hap@50 | 5" in text
-    assert "Intervals over 3 seeds are Student's, for the bootstrap needs 10 seeds" in text
+    assert [row[1][0] for row in rows("\n\n".join(text.split("\n\n")[1:]))[1:]] == ["5", "7"]  # percent and more
+    method = 'over seeds and 450 images, Holm over 2 of "comparison": p 0.'
+    assert [line[7].startswith(method) for line in lines] == [True, True]
+    assert "fewer than 10 seeds show large differences only" in text
     assert "Both ran with the same torch, device and threads" in text
     assert "says nothing of others" in text
 
@@ -103,8 +128,10 @@ def test_the_worst_score_is_told_from_haps_and_nothing_is_left_behind(folder):
 def test_haps_own_score_is_no_different_from_itself(folder):
     text = hap("compare", "strangers:same", "--spec", "tiny", "--against", "hap@50").stdout
     lines = rows(text[text.index("strangers:same in") :])[1:]
-    assert [(line[5], line[6], line[7]) for line in lines] == [("+0.00", "no spread seen", "1")]
-    assert "Nothing can be concluded: no difference from hap is told from chance." in text
+    assert [(line[5], line[6], line[7]) for line in lines] == [
+        ("+0.00", "none", "equal by chance: the spread is not known")
+    ]
+    assert "Nothing can be concluded: no difference from hap can be told from chance." in text
 
 
 def test_an_interrupted_comparison_goes_on_and_an_option_begins_anew(folder, monkeypatch):
@@ -138,10 +165,10 @@ def test_an_edit_of_the_package_runs_it_anew(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("")
     (package / "a.py").write_text("def f(model, loss, batches, groups, *, rng): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    before = compare.rival("edited.a:f", {}, "score").folder
-    assert compare.rival("edited.a:f", {}, "score").folder == before
+    before = comparison.rival("edited.a:f", {}, "score").folder
+    assert comparison.rival("edited.a:f", {}, "score").folder == before
     (package / "helper.py").write_text("x = 1\n")
-    assert compare.rival("edited.a:f", {}, "score").folder != before
+    assert comparison.rival("edited.a:f", {}, "score").folder != before
 
 
 def test_a_namespace_package_is_known_by_what_is_in_its_folder(tmp_path, monkeypatch):
@@ -149,104 +176,198 @@ def test_a_namespace_package_is_known_by_what_is_in_its_folder(tmp_path, monkeyp
     package.mkdir()
     (package / "a.py").write_text("def f(model, loss, batches, groups, *, rng): return 1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    rival = compare.rival("unmarked.a:f", {}, "score")
-    assert compare.rival("unmarked.a:f", {}, "score") == rival
+    rival = comparison.rival("unmarked.a:f", {}, "score")
+    assert comparison.rival("unmarked.a:f", {}, "score") == rival
     function = rival.ref.load()
     says = r"^unmarked.a:f: raised ZeroDivisionError: .* \(in a.py, line 1\)$"
-    with pytest.raises(HapError, match=says), compare.blaming(rival):
+    with pytest.raises(HapError, match=says), comparison.blaming(rival):
         function(0, 0, 0, 0, rng=0)
     (package / "helper.py").write_text("x = 1\n")
-    assert compare.rival("unmarked.a:f", {}, "score").folder != rival.folder
+    assert comparison.rival("unmarked.a:f", {}, "score").folder != rival.folder
 
 
 def test_a_module_that_exits_when_it_is_imported_is_refused(tmp_path, monkeypatch):
     (tmp_path / "script_of_a_stranger.py").write_text("import sys\nsys.exit('usage: none')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(HapError, match=r"script_of_a_stranger:f: must name a function .* \(SystemExit: usage: none"):
-        compare.rival("script_of_a_stranger:f", {}, "score")
+        comparison.rival("script_of_a_stranger:f", {}, "score")
 
 
-def test_record_keeps_the_result_where_no_spec_reads_it(folder):
+def test_record_keeps_a_spec_with_its_records_which_lint_and_judge_read_as_any_other(folder, request):
+    request.addfinalizer(lambda: shutil.rmtree(folder / "results" / "compare"))
     before, found = files(folder), lint(Path("reproductions"), Path("results"))
-    told = hap("compare", "strangers:score", "--spec", "tiny", "--record", "--against", "hap@50")
+    told = hap(
+        "compare", "strangers:score", "--spec", "tiny", "--record", "--against", "hap@50", "--options", "width=2"
+    )
     assert told.exit_code == 0, told.output
-    assert lint(Path("reproductions"), Path("results")) == found
-    new = sorted(files(folder).keys() - before.keys())
-    assert [file.parent.relative_to(folder).as_posix() for file in new] == ["results/compare/tiny"] * 2
-    assert [file.suffix for file in new] == [".json", ".md"]
-    assert f"recorded in {new[0].relative_to(folder)}\n" in told.stdout
-    table = json.loads(new[0].read_text())
-    assert (table["function"]["use"], table["role"], table["spec"]) == ("strangers:score", "score", "tiny")
-    assert [run["seed"] for run in table["runs"]] == [0, 1, 2]
-    assert [each[:1] + each[2:3] for each in table["against"]] == [["hap@50", seed] for seed in (0, 1, 2)]
-    assert new[1].read_text().startswith("strangers:score in the place of hap, tiny: test accuracy in points")
     assert {file: content for file, content in files(folder).items() if file in before} == before
-    for file in new:
-        file.unlink()
+    (kept,) = (folder / "results" / "compare").iterdir()
+    assert lint(Path("reproductions"), Path("results")) == found
+    assert sorted(files(folder).keys() - before.keys()) == sorted(files(kept))
+    spec = load_spec(kept / "tiny.toml")
+    assert kept.name == comparison.name(spec)
+    assert kept.name.startswith("tiny-strangers-score-")
+    base = load_spec(folder / "reproductions" / "tiny.toml")
+    mine = spec.cases["strangers-score@50"]
+    assert mine.score.model_dump() == {"use": "strangers:score", "options": {"width": 2}}
+    assert mine.model_copy(update={"score": base.cases["hap@50"].score, "name": "hap@50"}) == base.cases["hap@50"]
+    evidence = store.evidence(spec, kept)
+    names = ["hap@50", "random", "implanted"]  # those with half of the parameters gone
+    assert {name: runs for name, runs in evidence.items() if runs and name != mine.name} == store.evidence(
+        base, folder / "results", names
+    )
+    assert [run.seed for run in evidence[mine.name]] == [0, 1, 2]
+    page = (kept / comparison.PAGE).read_text()
+    assert page.startswith("strangers:score in the place of hap, tiny: test accuracy in points")
+    assert page in told.stdout
+    assert f"recorded in {(kept / 'tiny.toml').relative_to(folder)}\n" in told.stdout
+    judged = hap("judge", str(kept / "tiny.toml"), "--results", str(kept))
+    assert "strangers-score@50 is better than hap@50 before fine-tuning" in judged.stdout
+    assert f"({rows(page)[1][6].replace('+', '').split()[0][:4]}" in judged.stdout
 
 
-def damaged(table, damage):
-    """The JSON of a recorded comparison with one thing changed."""
-    damage(table)
-    return json.dumps(table, indent=1)
+def swapped(name, old, new):
+    """Damage to a file of a recorded comparison: the first place of one text becomes another."""
+
+    def damage(kept):
+        (file,) = kept.rglob(name)
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new, 1))
+
+    return damage
+
+
+def changed(change):
+    """Damage to the record of seed 1 of the stranger's case; `change` is also given the record of seed 0."""
+
+    def damage(kept):
+        file = next(kept.rglob("strangers-score@50-*/seed1.json"))
+        table = json.loads(file.read_text())
+        change(table, json.loads(file.with_name("seed0.json").read_text()))
+        file.write_text(json.dumps(table, indent=1))
+
+    return damage
 
 
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda table: table["differences"][0].update(mine=99.0), "must be the mean of its runs"),
-        (lambda table: table["differences"][0].update(mean=9.0), "mean must be"),
-        (lambda table: table["differences"][0].update(p=float("nan")), "numbers must be finite"),
-        (lambda table: table["differences"][0].update(case="gone"), "must be whole"),
-        (lambda table: table["runs"].pop(), "with the seeds [0, 1, 2] of hap@50 (found [0, 1])"),
-        (lambda table: table["runs"].append({}), "must be whole"),
-        (lambda table: table["runs"][1].update(seconds=table["runs"][0]["seconds"]), "its seconds must be its own"),
-        (lambda table: table["runs"][1]["metrics"]["selected"].update(accuracy=99.0), "selected must be"),
-        (lambda table: table["function"].update(use="strangers:worst"), "its name must be strangers-worst-"),
-        (lambda table: table.pop("role"), "must be whole"),
-        (lambda table: table.update(schema=0), "schema must be 1 (found 0)"),
+        (changed(lambda run, _: run["metrics"]["one_shot"].update(accuracy=99.0)), "selected must be one_shot"),
+        (
+            changed(lambda run, _: [run["metrics"][each].update(accuracy=99.0) for each in store.STAGES[1:]]),
+            "one_shot accuracy must be that of its bits",
+        ),
+        (changed(lambda run, _: run["seconds"].update(score=99.0)), "comparison.md: it must be what its records give"),
+        (changed(lambda run, _: run["cost"]["pruned"].update(params=float("nan"))), "must be whole, and where it"),
+        (changed(lambda run, other: run.update(seconds=other["seconds"])), "its seconds must be its own"),
+        (changed(lambda run, _: run.pop("plan")), "must be whole, and where it belongs"),
+        (changed(lambda run, _: run.update(schema=0)), "schema: must be 1 (found 0)"),
+        (lambda kept: next(kept.rglob("strangers*/seed2.json")).unlink(), "must be there (found none)"),
+        (lambda kept: next(kept.rglob("hap@50*/seed2.json")).unlink(), "must be there (found none)"),
+        (lambda kept: next(kept.rglob("hap@50*/seed2.json")).with_name("seed7.json").touch(), "found seed7.json"),
+        (lambda kept: (kept / "notes.txt").touch(), "must be its spec, its page, or a record"),
+        (lambda kept: (kept / comparison.PAGE).unlink(), "must be there (found none)"),
+        (lambda kept: (kept / "tiny.toml").unlink(), "a comparison must be a folder with one spec (found 0 specs)"),
+        (lambda kept: (kept / "tiny.toml").rename(kept.parent / "tiny.toml"), "must be a folder with one spec"),
+        (lambda kept: kept.rename(kept.with_name("mine")), "its name must be tiny-strangers-score-"),
+        (swapped("tiny.toml", "strangers:score", "strangers:worst"), "it must be what its records give"),
+        (swapped("tiny.toml", 'use" = "strangers:score', 'use" = "strangers:worst'), "its name must be tiny-"),
+        (swapped("tiny.toml", 'case = "strangers-score@50"', 'case = "gone"'), "claims[1].case: must be a case"),
+        (swapped("tiny.toml", "value = 0.0", "value = -9.0"), "its claims must be those that `hap compare` writes"),
+        (swapped("tiny.toml", "[[claims]]", "[[other]]"), "a comparison must be whole"),
+        (swapped("tiny.toml", "title", "titel"), "a comparison must be whole"),
+        (swapped(comparison.PAGE, "strangers:score in", "Something in"), "(found 'Something in the place"),
+        (swapped(comparison.PAGE, "Your method is worse", "Your method is better"), "(found 'Your method is better"),
+        (swapped(comparison.PAGE, " of 4 |", " of 5 |"), "it must be what its records give"),
+        (swapped(comparison.PAGE, "says nothing of others", "holds for all"), "it must be what its records give"),
+        (lambda kept: (kept / comparison.PAGE).write_bytes(b"\xff"), "a comparison must be whole"),
+        (lambda kept: (kept / comparison.PAGE).write_text(""), "it must be what its records give"),
+        (
+            lambda kept: (kept / "tiny.toml").write_text((kept / "tiny.toml").read_text() + NARROW),
+            "claims[2]",
+        ),
     ],
 )
-def test_what_is_wrong_with_a_recorded_comparison_is_found(folder, damage, told):
-    before = files(folder)
-    hap("compare", "strangers:score", "--spec", "tiny", "--record", "--against", "hap@50")
-    file = next((folder / "results" / "compare" / "tiny").glob("*.json"))
-    file.write_text(damaged(json.loads(file.read_text()), damage))
-    lines = [each.line for each in lint(Path("reproductions"), Path("results")) if "compare" in str(each.file)]
-    for new in files(folder).keys() - before.keys():
-        new.unlink()
-    assert any(told in line for line in lines), lines
+def test_what_is_wrong_with_a_recorded_comparison_is_found(recorded, damage, told):
+    assert findings() == []
+    damage(recorded)
+    assert any(told in line for line in findings()), findings()
 
 
-def test_files_that_are_no_comparison_are_found(folder):
-    before = files(folder)
-    hap("compare", "strangers:score", "--spec", "tiny", "--record", "--against", "hap@50")
-    record, page = sorted((folder / "results" / "compare" / "tiny").iterdir())
-    whole, text = record.read_bytes(), page.read_text()
+NARROW = """
+[[claims]]
+text = "one that nobody made"
+source = "none"
+case = "random"
+against = "strangers-score"
+metric = "accuracy"
+op = ">="
+value = 0
+over = "seeds"
+family = "a test"
+"""
 
-    def told():
-        return [each.line for each in lint(Path("reproductions"), Path("results")) if "compare" in str(each.file)]
 
-    assert told() == []
-    for damage in (b"{", b"\xff", b"[]", b"null", b"{}"):
-        record.write_bytes(damage)
-        assert [line.partition(" (")[0].endswith("a comparison must be whole") for line in told()] == [True]
-    record.write_bytes(whole)
-    page.write_text(text.replace("strangers:score in", "Something in"))
-    assert [line for line in told() if "the head must be what its JSON gives" in line]
-    page.write_text(text.replace(text.split("\n\n")[3], "All is proven."))
-    assert [line for line in told() if "the conclusion must be what its JSON gives" in line]
-    page.write_text("")
-    assert told()
-    page.unlink()
-    assert [f"{page.name} must lie beside it (found none)" in line for line in told()] == [True]
-    page.write_text(text)
-    record.unlink()
-    assert [f"{record.name} must lie beside it (found none)" in line for line in told()] == [True]
-    page.rename(page.with_suffix(".txt"))
-    assert ["a comparison must be <spec>/" in line for line in told()] == [True]
-    for new in files(folder).keys() - before.keys():
-        new.unlink()
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"seeds = []", b""])
+def test_a_comparison_that_is_damaged_hides_no_other(recorded, content):
+    other = recorded.with_name("another")
+    shutil.copytree(recorded, other)
+    (recorded / "tiny.toml").write_bytes(content)
+    lines = findings()
+    assert [line.partition(" (")[0].endswith("a comparison must be whole") for line in lines] == [False, True]
+    assert "another: its name must be" in lines[0]
+
+
+def test_a_comparison_is_checked_without_the_package_of_the_stranger(folder, tmp_path, monkeypatch, request):
+    request.addfinalizer(lambda: shutil.rmtree(folder / "results" / "compare"))
+    (tmp_path / "visitor.py").write_text("from strangers import score\n")
+    with monkeypatch.context() as there:
+        there.syspath_prepend(tmp_path)
+        assert hap("compare", "visitor:score", "--spec", "tiny", "--record", "--against", "hap@50").exit_code == 0
+    monkeypatch.delitem(sys.modules, "visitor")
+    (kept,) = (folder / "results" / "compare").iterdir()
+    assert findings() == []
+    with pytest.raises(HapError, match="must name a function that exists"):
+        load_spec(kept / "tiny.toml")
+
+
+def test_what_was_recorded_before_is_replaced(recorded):
+    """Of a case as it was, records would stay that belong to nothing."""
+    (old := recorded / "tiny" / "hap@50-0123456789").mkdir()
+    (old / "seed0.json").touch()
+    assert hap("compare", "strangers:score", "--spec", "tiny", "--record", "--against", "hap@50").exit_code == 0
+    assert findings() == []
+
+
+def test_a_comparison_is_judged_and_aged_as_any_spec_is(folder, tmp_path):
+    """Of other sources, but the same where they decide, is of one age; `hap judge` and `hap compare` say the same."""
+    copy = tmp_path / "copy"
+    for part in ("reproductions", "results"):
+        shutil.copytree(folder / part, copy / part)
+    spec = write_spec(copy, SPEC + NARROW.replace("strangers-score", "hap@50"), "tiny")
+
+    def age(**code):
+        for file in (copy / "results" / "tiny").glob("hap@50-*/*.json"):
+            run = json.loads(file.read_text())
+            file.write_text(json.dumps({**run, "code": {**run["code"], **code}}))
+        evidence = ["--results", str(copy / "results")]
+        told = hap("compare", "strangers:worst", "--spec", "tiny", "--against", "hap@50", "--record", *evidence)
+        assert told.exit_code == 0, told.output
+        return hap("judge", str(spec), *evidence).stdout, told.stdout
+
+    judged, told = age(sha256="0" * 64, commit=None)
+    assert "STALE" not in judged
+    assert conclusions.AGE not in told
+    judged, told = age(decides="0" * 64)
+    assert "STALE" in judged
+    says = "stale, what decides it has changed since it was made. What is stale counts for nothing; --rerun runs"
+    assert f"{conclusions.AGE}: {says}" in told
+    (kept,) = (copy / "results" / "compare").iterdir()
+    assert "STALE" in hap("judge", str(kept / "tiny.toml"), "--results", str(kept)).stdout
+    lines = [each.line for each in lint(copy / "reproductions", copy / "results") if "compare" in str(each.file)]
+    assert lines == []
+    assert conclusions.AGE not in hap("compare", "strangers:worst", "--spec", "tiny", "--rerun").stdout
 
 
 @pytest.mark.parametrize(("use", "role", "case"), [("method", "method", "hap@50"), ("implant", "implant", "implanted")])
@@ -279,6 +400,8 @@ def test_what_can_be_compared_with_is_listed(folder):
 ON_TINY = [
     (["score", "--options", "depth=3"], "strangers:score.depth: unknown option; known are"),
     (["score", "--options", "width=wide"], "strangers:score.width: Input should be a valid"),
+    (["untyped", "--options", "power=null"], "--options: a string, finite number, true, false, list or table expected"),
+    (["untyped", "--options", "power=NaN"], "--options: a string, finite number, true, false, list or table expected"),
     (["score", "--options", "width"], "--options width: must be NAME=VALUE, each name once"),
     (["score", "--options", "width=1", "width=2"], "--options width=2: must be NAME=VALUE"),
     (["score", "--role", "idea"], "--role idea: must be one of score, method, implant"),
@@ -334,6 +457,7 @@ def test_bad_input_is_one_line(folder, unchecked, arguments, says):
     assert told.stderr.startswith(f"hap: {says}"), told.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -358,124 +482,188 @@ def test_other_data_than_those_of_the_evidence_are_refused(folder, monkeypatch):
     assert "OTHERS than those of the evidence" in hap("compare", "--list").stdout
 
 
-def pairs(spec, differences_by_case, others=()):
-    """Made-up runs: HAP at 90 %, a rival so far from it for each seed."""
-    found = []
-    for name, apart in differences_by_case.items():
-        case = spec.cases[name]
-        theirs = [with_accuracy(fake_run(case, s), "one_shot", 90.0) for s in range(len(apart))]
-        mine = [with_accuracy(run, "one_shot", 90.0 + d) for run, d in zip(theirs, apart, strict=True)]
-        ranked = {n: [with_accuracy(run, "one_shot", a) for run in theirs] for n, a in others}
-        found.append(Pairs(case, mine, theirs, ranked))
-    return found
-
-
 @pytest.fixture
-def spec(made):
-    return load_spec(made / "reproductions" / "tiny.toml")
+def compared(folder):
+    """Made-up runs: HAP at 90 %, a stranger so far from it for each seed; the comparison and its runs by case."""
+
+    def make(apart, others=(), name="tiny"):
+        path = folder / "reproductions" / f"{name}.toml"
+        cases = [load_spec(path).cases[name] for name in apart]
+        seeds = range(len(next(iter(apart.values()))))
+        runs = {case.name: [with_accuracy(fake_run(case, seed), "one_shot", 90.0) for seed in seeds] for case in cases}
+        for name, accuracy in others:
+            case = load_spec(path).cases[name]
+            runs[name] = [with_accuracy(fake_run(case, seed), "one_shot", accuracy) for seed in seeds]
+        spec = load_spec(comparison.written(path, comparison.rival("strangers:score", {}, "score"), cases, runs))
+        for mine, theirs in comparison.pairs(spec):
+            each = zip(runs[theirs.name], apart[theirs.name], strict=True)
+            own = [with_accuracy(run, "one_shot", 90.0 + value) for run, value in each]
+            runs[mine.name] = [replace(run, case=mine.name, key=mine.key, config=mine.config) for run in own]
+        return spec, runs
+
+    return make
 
 
-def sized(pairs, samples):
-    """The pairs, on a test set of so many samples."""
-    runs = [
-        [replace(run, data={**run.data, "test_samples": samples}) for run in each]
-        for each in (pairs.mine, pairs.theirs)
-    ]
-    return Pairs(pairs.case, *runs, pairs.others)
+def differences(spec, runs):
+    judged = judge.verdicts(spec.claims, runs, spec.seeds)
+    return [conclusions.difference(spec, runs, verdict) for verdict in judged]
 
 
-def test_intervals_are_students_paired_by_seed_and_wider_by_the_test_set(spec):
-    (given,) = pairs(spec, {"hap@50": (apart := [1.0, 1.5, 2.25, 1.25])})
-    (found,), (wide,) = (differences(spec, [sized(given, samples)]) for samples in (10**15, 450))
-    expected = stats.ttest_1samp(apart, 0)
-    low, high = expected.confidence_interval(0.95)
-    assert (found.interval.low, found.interval.high) == (pytest.approx(low), pytest.approx(high))
-    assert found.p == pytest.approx(expected.pvalue, rel=1e-3)
-    assert wide.interval.low < low - 0.1 < high + 0.1 < wide.interval.high
-    assert wide.p > found.p
+def sized(runs, samples):
+    """The runs, on a test set of so many samples."""
+    return {
+        name: [replace(run, data={**run.data, "test_samples": samples}) for run in each] for name, each in runs.items()
+    }
 
 
-def test_intervals_of_many_seeds_are_the_wider_of_bca_and_student(spec):
-    (given,) = pairs(spec, {"hap@50": (apart := list(np.random.default_rng(0).exponential(1, 20)))})
-    (found,) = differences(spec, [sized(given, 10**15)])
+def test_intervals_are_students_paired_by_seed_and_wider_by_the_test_set(compared):
+    spec, runs = compared({"hap@50": (apart := [1.0, 1.5, 2.25, 1.25])})
+    (found,), (wide,) = (differences(spec, sized(runs, samples)) for samples in (10**15, 450))
+    low, high = stats.ttest_1samp(apart, 0).confidence_interval(0.95)
+    assert (found.verdict.low, found.verdict.high) == (pytest.approx(low), pytest.approx(high))
+    assert (found.says, wide.says) == ("better", "open")
+    assert wide.verdict.low < low - 0.1 < high + 0.1 < wide.verdict.high
+
+
+def test_intervals_of_many_seeds_are_the_wider_of_bca_and_student(compared):
+    spec, runs = compared({"hap@50": (apart := list(np.random.default_rng(0).exponential(1, 20)))})
+    (found,) = differences(spec, runs)
     bca = stats.bootstrap((apart,), np.mean, method="BCa", rng=np.random.default_rng(1)).confidence_interval
     student = stats.ttest_1samp(apart, 0).confidence_interval(0.95)
-    assert found.interval.kind == "BCa"
+    assert found.verdict.method.startswith("BCa")
     assert bca.high > student.high  # skewed to the right
-    assert found.interval.low == pytest.approx(student.low, abs=0.01)
-    assert found.interval.high == pytest.approx(bca.high, abs=0.05)
+    assert found.verdict.low == pytest.approx(student.low, abs=0.01)
+    assert found.verdict.high == pytest.approx(bca.high, abs=0.05)
 
 
-def test_the_differences_of_a_comparison_are_one_family(spec):
+def test_the_differences_of_a_comparison_are_one_family(compared):
+    """The oracle for p-values is scipy's one-sided t-test; a page has two digits of them."""
     two = {"hap@50": [1.0, 1.2, 1.1], "hap@70": [0.1, -0.2, 0.2]}
-    both = differences(spec, pairs(spec, two))
-    alone = [differences(spec, pairs(spec, {name: apart}))[0] for name, apart in two.items()]
-    assert both[0].p == pytest.approx(2 * alone[0].p)
-    assert both[1].p == pytest.approx(max(alone[1].p, both[0].p))
-    assert [each.interval for each in both] == [each.interval for each in alone]
+    both = differences(*compared(two))
+    alone = [differences(*compared({name: apart}))[0] for name, apart in two.items()]
+    tested = [stats.ttest_1samp(apart, 0, alternative="greater").pvalue for apart in two.values()]
+    told = [float(each.verdict.method.rpartition(": p ")[2]) for each in both]
+    assert told == [pytest.approx(2 * tested[0], rel=0.05), pytest.approx(tested[1], rel=0.05)]
+    assert [(each.verdict.low, each.verdict.high) for each in both] == [
+        (each.verdict.low, each.verdict.high) for each in alone
+    ]
+    near = stats.ttest_1samp(apart := [1.0, 1.4, 0.65], 0, alternative="greater").pvalue
+    assert 0.0125 < near < 0.025
+    assert differences(*compared({"hap@50": apart}))[0].says == "better"
+    assert [each.says for each in differences(*compared({"hap@50": apart, "hap@70": apart[::-1]}))] == ["open"] * 2
 
 
-def test_a_rank_counts_who_is_ahead(spec):
+RANKED = SPEC + "".join(f'[cases.{name}]\nlike = "hap"\nbudget = {{params = 0.5}}\n' for name in "abcd")
+
+
+def test_a_rank_counts_who_is_ahead(compared, folder):
     others = (("a", 95.0), ("b", 91.0), ("c", 92.0), ("d", 80.0))
-    (found,) = differences(spec, pairs(spec, {"hap@50": [0.9, 1.0, 1.1]}, others))
-    assert (found.rank, found.ranked) == (3, 5)  # equal to none: 91 is not ahead of 91
+    path = write_spec(folder, RANKED, "ranked")
+    (found,) = differences(*compared({"hap@50": [0.9, 1.0, 1.1]}, others, "ranked"))
+    path.unlink()
+    assert (found.rank, found.ranked) == (3, 6)  # 91 is not ahead of 91, and HAP is one of them
 
 
-def sentences(spec, given):
-    return " ".join(comparison.sentences(spec, given, differences(spec, given), "hap"))
+def page(spec, runs):
+    return conclusions.page(spec, runs, judge.verdicts(spec.claims, runs, spec.seeds))
 
 
-def test_the_sentences_say_what_can_be_concluded(spec):
-    text = sentences(spec, pairs(spec, {"hap@50": [5.0, 5.1, 5.2], "hap@70": [0.4, -0.3, 0.1]}))
+def test_the_sentences_say_what_can_be_concluded(compared):
+    text = page(*compared({"hap@50": [5.0, 5.1, 5.2], "hap@70": [0.4, -0.3, 0.1]}))
     assert "Your method is better than hap before fine-tuning in hap@50 by 5.10." in text
     assert "Of the other 1 of 2 differences nothing can be concluded, equality neither." in text
-    assert "worse than hap before fine-tuning in hap@50 by 5.10" in sentences(
-        spec, pairs(spec, {"hap@50": [-5.0, -5.1, -5.2]})
-    )
-    assert "One seed has no spread: nothing can be said of chance." in sentences(spec, pairs(spec, {"hap@50": [9.0]}))
-    twenty = sentences(spec, pairs(spec, {"hap@50": list(np.linspace(0.5, 1.5, 20))}))
-    assert "Intervals over 20 seeds are the wider of the bootstrap's (BCa) and Student's" in twenty
-    assert "find large differences only" not in twenty
+    worse = page(*compared({"hap@50": [-5.0, -5.1, -5.2]}))
+    assert "worse than hap before fine-tuning in hap@50 by 5.10" in worse
+    one = page(*compared({"hap@50": [9.0]}))
+    assert "One seed has no spread: nothing can be said of chance." in one
+    assert "Nothing can be concluded: no difference from hap can be told from chance." in one
+    twenty = page(*compared({"hap@50": list(np.linspace(0.5, 1.5, 20))}))
+    assert "| BCa" in twenty
+    assert "show large differences only" not in twenty
 
 
-def test_the_sentences_say_what_was_not_the_same(spec):
-    given = pairs(spec, {"hap@50": [1.0, 1.5]})
-    elsewhere = [replace(run, environment={"torch": "3.0", "threads": 2}) for run in given[0].mine]
-    worse = [
-        replace(run, data={**run.data, "official": False}, code={"commit": None, "sha256": "9"}) for run in elsewhere
-    ]
-    other = [with_accuracy(worse[0], "dense", 50.0), worse[1]]
-    text = sentences(spec, [replace(given[0], mine=other)])
+def test_methods_that_are_equal_for_every_seed_are_not_better(compared):
+    (found,) = differences(*compared({"hap@50": [0.0, 0.0, 0.0]}))
+    assert (found.verdict.observed, found.says) == (0, "open")
+    sure = replace(found, verdict=replace(found.verdict, says=judge.Outcome.HOLDS))
+    assert sure.says == "open"  # no worse, and no better
+
+
+def elsewhere(runs, name, **changes):
+    return {**runs, name: [replace(run, **changes) for run in runs[name]]}
+
+
+def test_the_sentences_say_what_was_not_the_same(compared):
+    spec, runs = compared({"hap@50": [1.0, 1.5]})
+    mine = "strangers-score@50"
+    data = {**runs[mine][0].data, "official": False}
+    runs = elsewhere(runs, mine, environment={"torch": "3.0", "threads": 2}, data=data)
+    runs[mine][0] = with_accuracy(runs[mine][0], "dense", 50.0)
+    text = page(spec, runs)
     assert "made elsewhere (torch 3.0 here, None there; threads 2 here, None there)" in text
-    assert "times cannot be compared. They are of another state of the code, commit abc. --rerun" in text
+    assert "times cannot be compared. --rerun" in text
     assert "not the same for seed 0: pairs share less" in text
     assert "an unofficial copy" in text
 
 
-def test_a_method_that_misses_the_budget_is_neither_better_nor_ranked(spec):
+def test_a_method_that_misses_the_budget_is_neither_better_nor_ranked(compared):
     """A ratio of groups may be missed, for the published code does; what is better with less pruned says nothing."""
-    given = pairs(spec, {"hap@50": [5.0, 5.1, 5.2], "hap@70": [5.0, 5.1, 5.3]})
-    mine = [replace(run, plan={**run.plan, "removed": {"params": 0.4}}) for run in given[0].mine]
-    given[0] = replace(given[0], mine=mine)
-    found = differences(spec, given)
-    assert [(each.verdict, each.short) for each in found] == [("open", True), ("better", False)]
-    table = "head\n\n" + comparison.quality(given, found, "hap")
-    assert [row[-1] for row in rows(table)] == ["rank", "budget missed", "1 of 1"]
-    text = sentences(spec, given)
+    apart = {"hap@50": [5.0, 5.1, 5.2], "hap@70": [5.0, 5.1, 5.3]}
+    missed = {"plan": {"removed": {"params": 0.4}}}
+    spec, runs = compared(apart)
+    runs = elsewhere(runs, "strangers-score@50", **missed)
+    assert [(each.says, each.short) for each in differences(spec, runs)] == [("open", True), ("better", False)]
+    text = page(spec, runs)
+    assert [row[-1] for row in rows(text)] == ["rank", "budget missed", "1 of 2"]
     assert "better than hap before fine-tuning in hap@70" in text
-    assert "prunes less than the budget asks (0.5 of the params in hap@50): budgets differ, so nothing" in text
-    alone = sentences(spec, given[:1])
-    assert "Nothing can be concluded. Your method prunes less" in alone
+    assert "prunes less than the budget asks (0.5 of the params in hap@50): nothing can be concluded there" in text
+    spec, runs = compared({"hap@50": apart["hap@50"]})
+    alone = page(spec, elsewhere(runs, "strangers-score@50", **missed))
+    assert "Nothing can be concluded.\n\nYour method prunes less" in alone
+
+
+def test_a_method_brings_implants_and_updates_of_its_own(folder):
+    """In the place of a case that has both, it has neither."""
+    text = SPEC.replace('implant = "hap', 'update = "hap.updates:least_squares"\nimplant = "hap')
+    path = write_spec(folder, text, "updated")
+    cases = comparison.baselines(load_spec(path), "method", "implanted")
+    runs = {case.name: [fake_run(case, 0)] for case in cases}
+    spec = load_spec(comparison.written(path, comparison.rival("strangers:method", {}, "method"), cases, runs))
+    path.unlink()
+    ((mine, theirs),) = comparison.pairs(spec)
+    assert (mine.score, mine.implant, mine.update) == (None, None, None)
+    assert theirs.implant is not None
+    assert theirs.update is not None
+
+
+@pytest.mark.parametrize("role", comparison.ROLES)
+def test_every_spec_of_ours_has_one_more_case_in_a_comparison_and_keeps_its_keys(folder, role):
+    for path in sorted((ROOT / "reproductions").glob("*.toml")):
+        base = load_spec(path)
+        if role == "implant" and not any(case.implant for case in base.cases.values()):
+            continue
+        cases = comparison.baselines(base, role)
+        evidence = {each.name: [fake_run(each, 0)] for each in base.cases.values() if comparison.alike(each, cases[0])}
+        evidence |= {case.name: [fake_run(case, 0)] for case in cases}
+        rival = comparison.rival(f"strangers:{role}", {}, role)
+        spec = load_spec(comparison.written(path, rival, cases, evidence))
+        assert [theirs for _, theirs in comparison.pairs(spec)] == cases
+        assert {name: spec.cases[name].key for name in evidence} == {name: base.cases[name].key for name in evidence}
+        assert len(spec.claims) == sum(1 + bool(case.finetune) for case in cases)
+        for mine, theirs in comparison.pairs(spec):
+            assert getattr(mine, role) == rival.ref
+            assert (mine.task, mine.budget, mine.finetune) == (theirs.task, theirs.budget, theirs.finetune)
 
 
 def test_every_spec_of_ours_has_cases_of_hap_first():
     for path in sorted((ROOT / "reproductions").glob("*.toml")):
         spec = load_spec(path)
-        cases = compare.baselines(spec, "score")
+        cases = comparison.baselines(spec, "score")
         assert all(case.score.use in ("hap.methods:hessian_trace",) for case in cases), spec.name
         assert len({(case.budget.unit, case.budget.target) for case in cases}) == len(cases)
 
 
+@pytest.mark.slow
 def test_a_package_of_a_stranger_is_installed_and_compared(folder, tmp_path):
     """As a person would: pip install, then the command in a process of its own, in a folder with specs and evidence."""
     there = tmp_path / "site"

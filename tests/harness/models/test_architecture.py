@@ -13,8 +13,8 @@ from torch import nn
 
 from hap import Budget, HapError, Plan, apply, couple, implants, trace
 from hap.cost import params
+from hap.harness.models import load_model, save_model
 from hap.harness.models.architecture import describe, fill, rebuild, tensors
-from hap.harness.models.saved import load_model, save_model
 from hap.harness.tasks import nets
 from hap.implants import centre_tap, least_squares, zero
 from hap.plan import plan

@@ -118,6 +118,7 @@ for i in range(8):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_append_and_no_line_is_lost(tmp_path):
     file, here = tmp_path / "history.jsonl", str(__file__).rpartition("/")[0]
     command = [sys.executable, "-c", PROGRAM, str(file)]

@@ -19,6 +19,7 @@ from hap import HapError
 from hap.harness.cli import app as cli
 from hap.harness.nightly import history, speed
 from hap.harness.nightly import measure as nightly
+from hap.harness.processes import provenance
 from hap.harness.processes.workers import InProcess
 from hap.harness.spec.spec import load_spec
 from hap.harness.task import Data, MissingData
@@ -65,6 +66,7 @@ def hap(*args):
     return CliRunner().invoke(cli.app, args, obj=InProcess())
 
 
+@pytest.mark.slow
 def test_a_scorer_with_a_sign_error_is_found_by_the_real_command(folder, monkeypatch):
     """Five nights of real runs: trained, traced, scored, pruned and tested with seeds of their own."""
     write_spec(folder, tiny.SPEC.replace("[0.5, 0.7]", "[0.5]"), "tiny")
@@ -173,6 +175,7 @@ def test_what_breaks_does_not_stop_the_night(made_up, monkeypatch):
     assert "BROKE: ZeroDivisionError" in (made_up / "s.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_record_that_ends_its_process_does_not_end_the_night(folder):
     """The real command, its records in a process of their own, which dies with some."""
     case = '[cases.aborts]\nlike = "hap"\nscore = "strangers:aborts"\n\n[[claims]]'
@@ -353,7 +356,7 @@ def test_a_pause_in_one_round_does_not_move_a_ratio():
 
 def test_the_reference_takes_time_and_the_processor_has_a_name():
     assert speed.product()() > 0
-    assert speed.cpu()
+    assert provenance.processor()
 
 
 def test_a_folder_without_benchmarks_says_so(tmp_path):
@@ -361,6 +364,7 @@ def test_a_folder_without_benchmarks_says_so(tmp_path):
         speed.works(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_works_of_this_checkout_are_those_of_its_benchmarks(monkeypatch):
     """The cheapest of them is done once; all of them are timed by a night."""
     found = speed.works(ROOT)

@@ -43,6 +43,7 @@ def test_one_percent_lower_accuracy_is_found_within_two_nights():
     assert found.after == pytest.approx(96.5, abs=0.4)
 
 
+@pytest.mark.slow
 def test_one_percent_lower_accuracy_is_found_among_as_many_series_as_a_night_of_digits_has():
     """With the same spread, in 8 of 10 histories within three nights, though all 52 series are one family."""
     found = 0
@@ -170,6 +171,7 @@ NOISE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise", "seeds"), [("normal", 3), ("counts of 450 images", 3), ("timings with heavy tails", 1)]
 )

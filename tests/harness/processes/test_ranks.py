@@ -93,11 +93,13 @@ def one(tmp_path_factory):
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_two(one, two):
     assert (one["world"], two["world"]) == (1, 2)
     assert one["params"] == two["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["exact", "one batch", "plain net", "weighted", "drawn", "probes"])
 def test_the_curvature_of_two_ranks_is_that_of_one(one, two, what):
     """Five batches, three for a rank and two for the other; of one batch, each has its samples. Draws are the same."""
@@ -123,6 +125,7 @@ def test_what_is_drawn_for_a_batch_hangs_on_its_place_and_the_round_alone(monkey
             assert sorted(parts) == sorted(whole[number])
 
 
+@pytest.mark.slow
 def test_probes_of_a_batch_that_ranks_share_are_drawn_by_each_and_near(one, two):
     """They cannot be equal, and must not: each rank draws its own."""
     assert two["probes of one batch"] != one["probes of one batch"]
@@ -130,6 +133,7 @@ def test_probes_of_a_batch_that_ranks_share_are_drawn_by_each_and_near(one, two)
     assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["evaluate", "recalibrated"])
 def test_evaluation_counts_every_image_once(one, two, what):
     """67 images in batches of 10: 34 for one rank and 33 for the other, each with a ragged last batch."""
@@ -147,6 +151,7 @@ def same(one, two):
     assert two["sums"] == pytest.approx(one["sums"], rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", together.RECIPES)
 def test_a_training_on_two_ranks_is_that_of_one(one, two, recipe):
     """With BatchNorm over all ranks, and a last batch of three; without it, micro-batches change nothing either."""
@@ -154,20 +159,24 @@ def test_a_training_on_two_ranks_is_that_of_one(one, two, recipe):
     same(one["trained"]["whole" if recipe == "micro" else recipe], two["trained"][recipe])
 
 
+@pytest.mark.slow
 def test_it_learned(two):
     """Else equal results would say nothing."""
     rows = two["trained"]["plain"]["rows"]
     assert rows[-1][0] < 0.8 * rows[0][0]
 
 
+@pytest.mark.slow
 def test_class_weights_count_over_all_ranks(one, two):
     same(one["trained weighted"], two["trained weighted"])
 
 
+@pytest.mark.slow
 def test_a_training_that_is_kept_gives_every_rank_its_epochs(one, two):
     same(one["trained"]["plain"], two["kept"])
 
 
+@pytest.mark.slow
 def test_a_batch_of_fewer_samples_than_ranks_is_left_out_and_told(one, two):
     assert one["short"] == []
     assert two["short"] == ["batches of fewer than 2 samples, one a rank, were left out"]
@@ -195,6 +204,7 @@ def record(root, results):
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_a_run_by_torchrun_writes_one_record_and_one_report(project):
     root, said = project
     assert said.count("small [1/1] hap seed 0: there after") == 1
@@ -203,6 +213,7 @@ def test_a_run_by_torchrun_writes_one_record_and_one_report(project):
     assert record(root, "whole")["environment"]["ranks"] == 2
 
 
+@pytest.mark.slow
 def test_it_is_the_run_of_one_rank_but_for_rounding(project, tmp_path, monkeypatch):
     """The dense model too was trained by two; a training of ten epochs spreads the rounding, so the band is wide."""
     root, _ = project
@@ -237,6 +248,7 @@ budget = {params = 0.5}
 """
 
 
+@pytest.mark.slow
 def test_resnet50_on_folders_of_pictures_is_shared_by_two_ranks(imagenets, tmp_path):
     """Decoding, curvature over 1,000 classes, training and evaluation; the last batch of the calibration has two."""
     (tmp_path / "reproductions").mkdir()
@@ -269,6 +281,7 @@ def processes(job):
             continue
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are found through /proc, which is Linux")
 def test_a_rank_that_is_killed_ends_the_job_which_goes_on_to_the_same_result(project):
     (root, _), results = project, "killed"
@@ -292,6 +305,7 @@ def test_a_rank_that_is_killed_ends_the_job_which_goes_on_to_the_same_result(pro
     assert [row["validation"] for row in found["epochs"]] == [row["validation"] for row in expected["epochs"]]
 
 
+@pytest.mark.slow
 def test_results_that_cannot_be_written_are_found_before_anything_is_trained(tmp_path):
     (tmp_path / "reproductions").mkdir()
     (tmp_path / "reproductions" / "small.toml").write_text(SPEC.format(epochs=6))
@@ -380,6 +394,7 @@ command()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "line"),
     [
@@ -401,6 +416,7 @@ def test_what_happens_on_one_rank_is_told_and_ends_the_job(what, line, tmp_path)
     assert "gloo/transport" not in said or "another rank ended" in said
 
 
+@pytest.mark.slow
 def test_ranks_with_other_data_are_refused(tmp_path):
     program = "from hap.harness import ranks\nfrom hap.harness.cli.terminal import told\n@told\ndef command():\n"
     program += "    with ranks.joined():\n        ranks.agreed('noise: the data', str(ranks.rank()))\ncommand()\n"

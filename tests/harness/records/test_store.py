@@ -178,25 +178,3 @@ def umask():
     value = os.umask(0)
     os.umask(value)
     return value
-
-
-def test_whoever_waits_finds_what_the_other_made(case, tmp_path, monkeypatch):
-    """Two threads: their locks are as far apart as those of two processes."""
-    made, started, go_on = [], threading.Event(), threading.Event()
-
-    def run(case, seed, *, say, keep):
-        made.append(seed)
-        started.set()
-        assert go_on.wait(30)
-        return fake_run(case, seed)
-
-    monkeypatch.setattr("hap.harness.run.run", run)
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(store.ensure, case, 0, tmp_path)
-        assert started.wait(30)
-        second = pool.submit(store.ensure, case, 0, tmp_path)
-        time.sleep(0.1)  # for the second to reach the lock; if it does not, the test passes for less
-        go_on.set()
-        assert first.result() == second.result() == fake_run(case, 0)
-    assert made == [0]
-    assert left_in(tmp_path / "table") == ["seed0.json"]

@@ -36,7 +36,9 @@ def compiled(folder: Path, *files: Path) -> str:
 
 
 def test_a_table_in_markdown_keeps_to_its_cells():
-    assert markdown(["a", "b|c"], [["<i>", "x\ny"]]) == "| a | b\\|c |\n| --- | --- |\n| &lt;i> | x y |"
+    assert markdown(["a", "b|c"], [["<i>", "x\ny"]]) == (
+        "| a      | b\\|c   |\n|:-------|:-------|\n| &lt;i> | x y    |"
+    )
 
 
 def test_the_anchor_is_that_of_a_forge():

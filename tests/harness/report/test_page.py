@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fakes import REPORTED, SPEC, fake_run, with_accuracy, write_spec
+from fakes import REPORTED, SPEC, fake_run, unpadded, with_accuracy, write_spec
 from records import headed
 
 from hap.harness.records import store
@@ -103,6 +103,9 @@ def test_the_environment_is_that_of_the_records(tmp_path):
     for told in ("cifar10 (UNOFFICIAL copy), sha256 2222", "NVIDIA &lt;H100&gt;, 4 threads", "0123456789 with changes"):
         assert told in row
     assert "python 3.12.1, torch 2.11, numpy 2.0" in row
+    machine = {"processor": "EPYC", "instructions": "AVX2", "driver": "580.1", "cuda": "13.2", "cudnn": "92600"}
+    text = written(tmp_path, made(tmp_path, environment={**where, "machine": machine}, data=copy, code=code))
+    assert "NVIDIA &lt;H100&gt;, EPYC, driver 580.1, cuda 13.2, cudnn 92600, 4 threads" in text
     assert '<td class="number">15</td>' in row
 
 
@@ -171,7 +174,7 @@ def test_a_new_outcome_and_a_spec_that_does_not_read_do_not_break_the_page(tmp_p
     text = page.write(entries, tmp_path).read_text()
     assert "<option>ODD &lt;1&gt;</option>" in text
     assert '<p class="warning">Not judged. broken.toml: &lt;title&gt;: is required</p>' in text
-    told = summary(entries, tmp_path).read_text()
+    told = unpadded(summary(entries, tmp_path).read_text())
     assert "| **ODD &lt;1>** |" in told
     assert "| spec | HOLDS | FAILS | UNDECIDED | ABSENT | STALE | ODD &lt;1> |" in told
 

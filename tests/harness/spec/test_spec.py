@@ -57,6 +57,37 @@ def test_a_list_of_fractions_makes_a_case_each(tmp_path):
     assert len({case.key for case in spec.cases.values()}) == 6
 
 
+def test_a_budget_may_be_given_by_layer(tmp_path):
+    text = changed(BUDGET, 'budget = {ratios = {"layer1.*" = [0.5, 0.7], "layer2.*" = 0.3}, implant = 0.1}')
+    spec = load(tmp_path, text.split("[[claims]]")[0])
+    assert list(spec.cases)[:2] == ["hap@50", "hap@70"]
+    assert spec.cases["hap@70"].budget == Budget(ratios={"layer1.*": 0.7, "layer2.*": 0.3}, implant=0.1)
+
+
+def test_a_case_may_name_an_update(tmp_path):
+    case = load(tmp_path, changed(SCORE, SCORE + '\nupdate = {use = "hap.updates:least_squares", ridge = 0.1}')).cases[
+        "hap"
+    ]
+    assert case.update == Ref(use="hap.updates:least_squares", options={"ridge": 0.1})
+    assert case.key != load(tmp_path).cases["hap"].key
+    weighted = load(tmp_path, changed(SCORE, SCORE + '\nupdate = "hap.updates:curvature_weighted"'))
+    assert weighted.cases["hap"].update.options == {}
+
+
+def test_a_case_may_prune_some_layers_only(tmp_path):
+    spec = load(tmp_path, changed("params = 0.7", 'params = 0.7, only = ["*.conv1"], except = ["layer1.*"]'))
+    assert spec.cases["hap"].budget == Budget(params=0.7, implant=0.1, only=["*.conv1"], except_=["layer1.*"])
+    assert spec.cases["hap"].config["budget"]["except"] == ["layer1.*"]
+    assert spec.cases["hap"].key != load(tmp_path).cases["hap"].key
+
+
+def test_no_committed_evidence_is_an_orphan():
+    """A field that a later version adds, and that a spec does not give, must be part of no key."""
+    for file in find_specs(ROOT / "reproductions"):
+        names = {f"{case.name}-{case.key}" for case in load_spec(file).cases.values()}
+        assert {path.parent.name for path in (ROOT / "results" / file.stem).glob("*/seed*.json")} <= names
+
+
 def test_an_heir_replaces_score_by_method_and_switches_things_off(tmp_path):
     heir = (
         '[cases.mine]\nlike = "random"\nmethod = {use = "fakes:method", steps = 3}\nimplant = false\nfinetune = false\n'
@@ -204,6 +235,20 @@ MALFORMED = {
     "unknown budget": ("params = 0.7", "flops = 0.7", "cases.hap.budget.flops", "unknown option"),
     "budget of a wrong type": ("params = 0.7", "params = '0.7'", "cases.hap.budget.params", "valid number"),
     "an empty list": ("params = 0.7", "params = []", "cases.hap.budget", "not an empty one"),
+    "a ratio too large": ("params = 0.7", "ratios = {a = 1.7}", "cases.hap.budget.ratios", "1.7"),
+    "globs as a string": ("params = 0.7", "params = 0.7, only = 'a'", "cases.hap.budget.only", "array"),
+    "an update with an unknown option": (
+        SCORE,
+        SCORE + "\nupdate = {use = 'hap.updates:mean', ridge = 1}",
+        "cases.hap.update.ridge",
+        "unknown option",
+    ),
+    "an update of a method": (
+        SCORE + '\nimplant = "fakes:implant"',
+        "method = 'fakes:method'\nupdate = 'hap.updates:mean'",
+        "cases.hap.update",
+        "a method brings its own updates",
+    ),
     "two lists": (BUDGET, "budget = {params = [0.7], implant = [0.1]}", "cases.hap.budget", "may give one list"),
     "one case twice": ("params = 0.7", "params = [0.7, 0.7]", "cases.hap.budget", "twice (found 'hap@70')"),
     "a list with a bad item": ("params = 0.7", "params = [0.7, 'x']", "cases.hap.budget.params", "valid number"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hap import HapError
+from hap.harness.processes import ranks
 from hap.harness.task import MissingData
 from hap.harness.tasks.data import (
     CIFAR10_MD5,
@@ -250,3 +251,19 @@ def test_the_device_is_what_there_is_unless_told(monkeypatch):
     assert device().type == "cpu"
     monkeypatch.setenv("HAP_DEVICE", "meta")
     assert device().type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks_there", "expected"),
+    [("cuda:0", 2, "cuda:1"), ("cuda", 2, "cuda:1"), ("cuda:3", 1, "cuda:3"), ("cpu", 2, "cpu")],
+)
+def test_each_rank_has_the_gpu_of_its_place_whatever_number_is_set_for_all(monkeypatch, given, ranks_there, expected):
+    """The machine is a fake one: what is asked for is looked at, and nothing is put on a GPU."""
+    assert ranks.placed(given) == given  # no ranks
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": ranks_there}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("HAP_DEVICE", given)
+    asked = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device: asked.append(device) or torch.tensor(0))
+    device()
+    assert asked == [expected]

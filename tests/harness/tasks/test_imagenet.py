@@ -287,6 +287,7 @@ def test_what_the_sample_lacks_is_told(home, tmp_path, monkeypatch):
         imagenet_squeezenet.task(0)
 
 
+@pytest.mark.slow
 def test_the_real_squeezenet_has_its_accuracy_on_the_real_sample(hapdata, monkeypatch):
     """65.5 %, told of the decoded weights on this sample; half a minute, and more where the machine is busy."""
     monkeypatch.setenv("HAP_DATA", str(hapdata))

@@ -1,10 +1,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from hap import HapError
 from hap.cost import macs, params
-from hap.harness.tasks import cache, cifar10_resnet20, cifar10_resnet32, cifar10_resnet56, digits_preresnet
+from hap.harness.tasks import cache, cifar10_resnet20, cifar10_resnet32, cifar10_resnet56, digits_bert, digits_preresnet
 from hap.harness.tasks.nets import preresnet, resnet, vgg16
 from hap.harness.train import loop as training
 from hap.harness.train.loop import generator
@@ -99,6 +100,21 @@ def test_the_dense_digits_are_read_well(digits):
     assert digits_preresnet.ready(images=64) == task.data
 
 
+@pytest.mark.filterwarnings("ignore:.*which is a no-op")
+@pytest.mark.parametrize("which", [digits_preresnet, digits_bert])
+def test_the_digits_go_to_the_device(which, monkeypatch):
+    """The device is one that keeps shapes alone, for there may be no other; nothing is trained on it."""
+    pytest.importorskip("transformers")
+    seed = (0,) if which is digits_bert else (generator(0, "init"),)
+    weights = which._network(*seed).state_dict()
+    monkeypatch.setattr(which, "cached", lambda *_: cache.Trained(weights, []))
+    monkeypatch.setenv("HAP_DEVICE", "meta")
+    task = which.task(0)
+    batch = next(task.train(8, generator(0)))
+    leaves = tree_leaves([task.batches, task.example, batch, list(task.model.parameters())])
+    assert {leaf.device.type for leaf in leaves} == {"meta"}
+
+
 def test_digits_are_split_without_overlap_and_alike_for_every_seed(digits):
     splits = digits_preresnet.digits()[0]
     assert [len(images.labels) for images in splits.values()] == [1077, 270, 450]
@@ -157,6 +173,7 @@ def test_the_pretrained_resnet20_has_its_published_accuracy(cifar):
     assert task.data.official == ("unofficial" not in task.data.note)
 
 
+@pytest.mark.slow
 def test_the_pretrained_resnet32_has_its_published_accuracy(cifar):
     task = cifar10_resnet32.task(0)
     assert task.name == "cifar10_resnet32"
@@ -164,6 +181,7 @@ def test_the_pretrained_resnet32_has_its_published_accuracy(cifar):
     assert "resnet32-d509ac18.th sha256 d509ac18" in task.data.note
 
 
+@pytest.mark.slow
 def test_the_pretrained_resnet56_has_its_published_accuracy(cifar):
     task = cifar10_resnet56.task(0)
     assert task.name == "cifar10_resnet56"

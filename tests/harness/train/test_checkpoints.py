@@ -233,6 +233,7 @@ def test_rows_that_do_not_fit_the_number_are_refused(tmp_path):
     assert table["schema"] == checkpoints.SCHEMA
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_an_epoch_loses_that_epoch_alone(tmp_path):
     """A process of its own is killed by the kernel, as a machine that is preempted does."""
     script = tmp_path / "train.py"

@@ -104,6 +104,7 @@ def test_a_compiler_that_fails_is_told_of_and_leaves_no_trace(monkeypatch):
     assert all(torch.equal(value, plainly.state_dict()[name]) for name, value in compiled.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler about itself
 @pytest.mark.filterwarnings("ignore:.*TF32:UserWarning")  # its advice for GPUs
 def test_a_compiled_model_trains_to_the_same_weights():
@@ -116,6 +117,7 @@ def test_a_compiled_model_trains_to_the_same_weights():
         torch.testing.assert_close(value, plainly.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler about itself
 @pytest.mark.filterwarnings("ignore:.*TF32:UserWarning")  # its advice for GPUs
 def test_the_tenth_pruned_network_is_compiled_as_the_first_is(monkeypatch):

@@ -1,0 +1,273 @@
+"""Which inputs a layer can do without, if its other weights make up for them: orders of groups, from second moments.
+
+What is lost when a reader keeps the columns s alone, and takes the best weights for them, is known without any
+regression: tr(W S W') - tr(B' A^-1 B), with S the covariance of all columns, A = S_ss and B = S_s: W'. So all of it is
+linear algebra on one matrix a layer.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hap import HapError
+from hap.hessian.persample import is_known
+from hap.structure.groups import Groups, ambiguous, components
+from hap.structure.layers import Call, evaluating, first_tensor
+from hap.surgery.cut import resize
+from hap.surgery.moments import WIDEST, Sums
+
+MEMORY = 2**30  # bytes of moments that are kept at once
+How = Literal["removal", "selection"]
+
+
+@dataclass
+class Sweep:
+    """A matrix over the columns of a reader that forgets one block of them after another.
+
+    `m` the inverse covariance and `r` the weights: the block's rise r_b (m_bb)^-1 r_b' is what removing it costs, the
+    weights of the others made up for it [Hassibi93]. `m` the covariance and `r` the weights times it: the same is what
+    selecting the block gains.
+    """
+
+    m: Float[Tensor, "cols cols"]
+    r: Float[Tensor, "rows cols"]
+    members: Int[Tensor, "blocks"]  # groups
+    blocks: Int[Tensor, "blocks width"]  # their columns
+    scale: float = 1.0  # the variance of what the reader writes
+    reader: str = ""
+
+    def rises(self) -> Float[Tensor, "blocks"]:
+        """The rise, or gain, of each block, as a share of the variance."""
+        corners = self.m[self.blocks[:, :, None], self.blocks[:, None]]
+        sides = self.r[:, self.blocks].movedim(0, -1)
+        return (sides * _solved(corners, sides)).sum((1, 2)) / self.scale
+
+    def forget(self, group: int) -> None:
+        """Takes the block of a group out of both matrices, if it has one here."""
+        for block in self.blocks[self.members == group]:
+            side = self.m[:, block]
+            step = _solved(self.m[block][:, block], side.T)
+            self.r = self.r - self.r[:, block] @ step
+            self.m = self.m - side @ step
+            self.m[block], self.m[:, block], self.r[:, block] = 0.0, 0.0, 0.0
+            self.m[block, block] = 1.0
+
+
+def _solved(corner: Tensor, side: Tensor) -> Tensor:
+    """What times the corner is the side; where columns are copies of others the corner is singular."""
+    tiny = 1e-12 * corner.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)
+    found: Tensor = torch.linalg.solve(corner + tiny[..., None, None] * torch.eye(corner.shape[-1]).to(corner), side)
+    return found
+
+
+def order(sweeps: list[Sweep], groups: list[int], how: How) -> list[int]:
+    """The groups, those that can go first at the front; of several readers the rises are added up."""
+    sign, found = -1.0 if how == "selection" else 1.0, list[int]()
+    place = torch.full((max(groups) + 1,), -1)
+    place[torch.tensor(groups)] = torch.arange(len(groups))
+    gone = torch.zeros(len(groups), dtype=torch.bool)
+    while len(found) < len(groups):
+        rise = torch.zeros(len(groups), dtype=torch.float64)
+        for sweep in sweeps:
+            rise.index_add_(0, place[sweep.members.cpu()], sweep.rises().double().cpu())
+        at = int((sign * rise).masked_fill(gone, torch.inf).argmin())
+        gone[at] = True
+        found.append(groups[at])
+        for sweep in sweeps:
+            sweep.forget(groups[at])
+    return found[::-1] if how == "selection" else found
+
+
+def ranks(
+    model: nn.Module,
+    groups: Groups,
+    batches: Iterable[Any],
+    call: Call,
+    *,
+    how: How,
+    ridge: float,
+    memory: int = MEMORY,
+) -> Float[Tensor, "groups"]:
+    """The place of each group in the order of its layers, 0 for the first to go; -1 where no reader can make up for it.
+
+    `batches`: inputs. Readers of one set of groups are swept together. A reader too wide for its moments is taken as
+    several, whose blocks know nothing of each other.
+    """
+    found = torch.full((len(groups),), -1.0)
+    members = _members(groups)
+    members = {name: of for name, of in members.items() if is_known(model.get_submodule(name))}
+    batches = list(batches)
+    for names in _portions(model, members, memory):
+        moments = _moments(model, names, batches, call)
+        sweeps = [
+            s
+            for name in names
+            for s in _sweeps(name, members[name], moments.pop(name), how, ridge, _behind(model, groups, name))
+        ]
+        for each in _together(sweeps, len(groups)):
+            own = sorted({group for sweep in each for group in sweep.members.tolist()})
+            for place, group in enumerate(order(each, own, how)):
+                found[group] = place
+    return found
+
+
+def in_streams(groups: Groups) -> Bool[Tensor, "groups"]:
+    """The groups that several layers read, or write together by a sum, as a residual stream; heads are none."""
+    readers, writers = (torch.zeros(len(groups), dtype=torch.long) for _ in "12")
+    heads = torch.zeros(len(groups), dtype=torch.bool)
+    joint = ambiguous(groups.feeds)
+    for name, of in _members(groups).items():
+        readers[torch.unique(of[of >= 0])] += 1
+        heads[of[(of >= 0) & joint[groups.shapes[name].slots_at]]] = True
+    for s in groups.shapes.values():
+        if s.mixing and not s.conv_groups == s.slots > 1:  # the depthwise have no say
+            of = groups.row_group[s.rows_at]
+            writers[torch.unique(of[of >= 0])] += 1
+    return (readers > 1) | ((writers > 1) & ~heads)
+
+
+def _members(groups: Groups) -> dict[str, Int[Tensor, "slots"]]:
+    """By reader the group of each slot, -1 where it is of none, of several, or of a row of the reader itself."""
+    of, found = _slot_groups(groups), dict[str, Tensor]()
+    for name, s in groups.shapes.items():
+        reads, own = of[s.slots_at], groups.row_group[s.rows_at]
+        reads = torch.where(torch.isin(reads, own[own >= 0]), -1, reads)
+        if s.mixing and bool((reads >= 0).any()):
+            found[name] = reads
+    return found
+
+
+def _slot_groups(groups: Groups) -> Int[Tensor, "slots"]:
+    """The group that alone feeds each slot, through normalisations too; else -1."""
+    row, slot = groups.feeds.edges
+    of, alike = groups.row_group.clone(), [s for s in groups.shapes.values() if not s.mixing]
+    while True:
+        low, high = (torch.full((len(groups.feeds.frozen_slots),), start) for start in (len(groups), -1))
+        low, high = low.scatter_reduce(0, slot, of[row], "amin"), high.scatter_reduce(0, slot, of[row], "amax")
+        found = torch.where((low == high) & ~groups.feeds.frozen_slots, low, -1)
+        before = of.clone()
+        for s in alike:
+            of[s.rows_at] = found[s.slots_at]
+        if torch.equal(of, before):
+            return found
+
+
+def _portions(model: nn.Module, members: dict[str, Tensor], memory: int) -> Iterator[list[str]]:
+    """The readers in sets that share groups only within, each set as large as its moments may be."""
+    number = {name: i for i, name in enumerate(members)}
+    shared = [(number[a], number[b]) for a in members for b in members if bool(_common(members[a], members[b]))]
+    label = components(len(number), *torch.tensor(shared, dtype=torch.long).T) if shared else torch.empty(0)
+    portion, size = list[str](), 0
+    for root in sorted(set(label.tolist())):
+        names = [name for name, i in number.items() if label[i] == root]
+        need = sum(24 * min(_columns(model, name), WIDEST) * _columns(model, name) for name in names)
+        if portion and size + need > memory:
+            yield portion
+            portion, size = [], 0
+        portion, size = portion + names, size + need
+    if portion:
+        yield portion
+
+
+def _common(a: Tensor, b: Tensor) -> Tensor:
+    return torch.isin(a[a >= 0], b[b >= 0]).any()
+
+
+def _columns(model: nn.Module, name: str) -> int:
+    return int(model.get_submodule(name).get_parameter("weight")[0].numel())
+
+
+@torch.no_grad()
+def _moments(model: nn.Module, names: list[str], batches: list[Any], call: Call) -> dict[str, list[Sums]]:
+    """What each reader reads in the dense model; of one that is too wide in as many parts as it takes."""
+    found, handles = dict[str, list[Sums]](), []
+    for name in names:
+        module = model.get_submodule(name)
+        found[name] = [Sums(part, len(batches)) for part in _parts(module)]
+
+        def read(module: nn.Module, args: Any, kwargs: Any, sums: list[Sums]) -> None:
+            x, at = first_tensor(args, kwargs), 0
+            for each in sums:
+                width = each.module.get_parameter("weight").shape[1] * getattr(module, "groups", 1)
+                axis = -1 if isinstance(module, nn.Linear) else 1
+                each.add(x.narrow(axis, at, width), None)
+                at += width
+
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs, sums=found[name], read=read: read(m, args, kwargs, sums), with_kwargs=True
+            )
+        )
+    try:
+        with evaluating(model):
+            for batch in batches:
+                call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not batches:
+        raise HapError("calibration batches expected, found none")
+    return found
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """The layer, or if it is too wide layers of some of its inputs each."""
+    weight = module.get_parameter("weight")
+    if weight[0].numel() <= WIDEST or getattr(module, "groups", 1) > 1:
+        return [module]
+    pieces = torch.arange(weight.shape[1]).tensor_split(-(-weight[0].numel() // WIDEST))
+    return [resize(copy.deepcopy(module), torch.arange(len(weight)), piece) for piece in pieces]
+
+
+def _behind(model: nn.Module, groups: Groups, name: str) -> Float[Tensor, "rows"]:
+    """By what a BatchNorm right behind a layer multiplies its rows, and so what is lost of them; else 1."""
+    rows = groups.shapes[name].rows
+    norm = model.get_submodule(groups.norm_behind(name, torch.arange(rows))[0])
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        return torch.ones(rows)
+    return (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight.detach())
+
+
+def _sweeps(name: str, of: Tensor, sums: list[Sums], how: How, ridge: float, behind: Tensor) -> list[Sweep]:
+    """What is swept of a reader: each group of a grouped convolution, each part of one too wide."""
+    at, found, whole = 0, list[Sweep](), 0.0
+    for each in sums:
+        moments, weight = each.result(), each.module.get_parameter("weight").detach()
+        ridged = moments.ridged(ridge)
+        rows = weight.reshape(len(ridged), -1, ridged.shape[-1]).to(ridged)
+        rows = rows * behind.to(rows).reshape(len(ridged), -1, 1)
+        for s, w in zip(ridged, rows, strict=True):
+            slots = of[at : (at := at + weight.shape[1])]
+            whole += float(((w @ s) * w).sum())
+            m, side = (torch.cholesky_inverse(torch.linalg.cholesky(s)), w) if how == "removal" else (s, w @ s)
+            columns = torch.arange(len(s), device=s.device).reshape(weight.shape[1], -1)
+            found += _bundled(name, m, side, slots, columns)
+    return [replace(sweep, scale=max(whole, 1e-300)) for sweep in found]
+
+
+def _bundled(name: str, m: Tensor, side: Tensor, slots: Tensor, columns: Tensor) -> Iterator[Sweep]:
+    """One sweep, whose blocks must be of one width."""
+    own = {
+        int(group): columns[(slots == group).to(columns.device)].flatten() for group in torch.unique(slots[slots >= 0])
+    }
+    widths = {len(each) for each in own.values()}
+    if len(widths) > 1:
+        raise HapError(f"groups with as many columns each expected in a reader, found {sorted(widths)}")
+    if own:
+        yield Sweep(m, side, torch.tensor(list(own), device=m.device), torch.stack(list(own.values())), reader=name)
+
+
+def _together(sweeps: list[Sweep], groups: int) -> Iterator[list[Sweep]]:
+    """The sweeps that share groups or a reader."""
+    names = list(dict.fromkeys(sweep.reader for sweep in sweeps))
+    nodes = [torch.full((len(s.members),), groups + names.index(s.reader)) for s in sweeps]
+    label = components(groups + len(names), torch.cat([s.members.cpu() for s in sweeps]), torch.cat(nodes))
+    roots = [int(label[s.members[0].cpu()]) for s in sweeps]
+    for root in sorted(set(roots)):
+        yield [sweep for sweep, each in zip(sweeps, roots, strict=True) if each == root]
