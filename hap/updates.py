@@ -72,8 +72,8 @@ def curvature_weighted(
     """
     if weighted is None:
         raise HapError("curvature_weighted: moments weighted by curvature expected, found none; apply() gives them")
-    parts = [moments, weighted]
-    mixed = {name: torch.lerp(*(getattr(part, name) for part in parts), share) for name in ("x", "y", "xx", "xy", "yy")}
+    names = ("x", "y", "xx", "xy", "yy")
+    mixed = {name: torch.lerp(getattr(moments, name), getattr(weighted, name), share) for name in names}
     return least_squares(reader, kept, replace(moments, **mixed), ridge=ridge)
 
 
