@@ -8,7 +8,7 @@ loss with respect to the reader's output.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -73,7 +73,7 @@ def curvature_weighted(
     if weighted is None:
         raise HapError("curvature_weighted: moments weighted by curvature expected, found none; apply() gives them")
     names = ("x", "y", "xx", "xy", "yy")
-    mixed = {name: torch.lerp(getattr(moments, name), getattr(weighted, name), share) for name in names}
+    mixed: dict[str, Any] = {name: torch.lerp(getattr(moments, name), getattr(weighted, name), share) for name in names}
     return least_squares(reader, kept, replace(moments, **mixed), ridge=ridge)
 
 
