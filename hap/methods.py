@@ -54,8 +54,8 @@ def hessian_trace(
     s = Tr(H_pp) / (2 p) * ||w_p||^2, with p the number of weights of the group [Yu22, sec. 3]; in units of the loss.
     `columns` and `share` as in `exact`; `probes` and `block` as in `hutchinson`. `normalise`: divide by the norm of a
     layer's scores, as `michel`; else the last layers of a transformer, where one position counts, can go whole.
-    # paper: does not mention it. `pruned`: scores -> mask of groups that the budget prunes; a warning where even and odd
-    probes disagree on it. `confidence`: stop the probes when they agree on this share. `halves`: called with the scores
+    # paper: does not mention it. `pruned`: scores -> mask of groups that the budget prunes; a warning if odd and even
+    probes disagree. `confidence`: stop the probes when they agree on this share. `halves`: called with the scores
     of both halves, instead of the warning. `merge`: the curvature of these batches -> that of all, where others measure
     the rest. HapError for another `curvature`. # upstream: 3 probes by default, and no 1/2, which changes no ranking.
 
