@@ -292,7 +292,8 @@ def obs(
     each removal the inverse covariances and weights are updated [Hassibi93; Kurtic23]. `allocation` decides how many
     go in each layer: "uniform" for the same share, "trace" or "magnitude" for as many as these scores take. `ridge`: in
     units of the mean variance of a reader's inputs. Groups for which no reader can compensate have the highest scores;
-    with `inner`, also those of residual streams. HapError for another `allocation`.
+    with `inner`, also those of residual streams, which the
+    allocation alone orders. HapError for another `allocation`.
 
     >>> model, rng = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.Generator().manual_seed(0)
     >>> _ = model[1].weight.data[:, 0].zero_()  # row 0 of the first layer has no effect
@@ -341,7 +342,8 @@ def _reconstructing(
     rng: torch.Generator,
 ) -> Scores:
     inputs = [inputs for inputs, _ in batches]
-    place = ranks(model, groups, inputs, loss.call, how=how, ridge=ridge)
+    streams = in_streams(groups) if inner else torch.zeros(len(groups), dtype=torch.bool)
+    place = ranks(model, groups, inputs, loss.call, how=how, ridge=ridge, only=~streams)
     if allocation == "uniform":
         amounts = uniform(model, loss, batches, groups, rng=rng)
     elif allocation == "trace":
@@ -354,7 +356,7 @@ def _reconstructing(
     for layer in _by_layer(groups):
         made_up = layer[place[layer] >= 0]
         scores[made_up[place[made_up].argsort()]] = amounts[made_up].sort().values
-    last = (place < 0) | (inner & in_streams(groups))
+    last = place < 0
     if bool(last.any()) and not bool(last.all()):
         scores[last] += scores.max() - amounts[last].min() + 1
     return scores

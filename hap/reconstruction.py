@@ -7,7 +7,7 @@ linear algebra on one matrix a layer.
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,8 @@ from hap.surgery.cut import resize
 from hap.surgery.moments import WIDEST, Sums
 
 MEMORY = 2**30  # bytes of moments that are kept at once
+EXACT = 128  # groups that are ordered one by one; of more, 1 in 64 of those left go at a time
+SPARE = 1 / 8  # the share of forgotten columns that is carried along
 How = Literal["removal", "selection"]
 
 
@@ -41,6 +43,11 @@ class Sweep:
     blocks: Int[Tensor, "blocks width"]  # their columns
     scale: float = 1.0  # the variance of what the reader writes
     reader: str = ""
+    forgotten: Int[Tensor, "columns"] = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def __post_init__(self) -> None:
+        """What is forgotten is where the rest is."""
+        self.forgotten = self.forgotten.to(self.m.device)
 
     def rises(self) -> Float[Tensor, "blocks"]:
         """The rise, or gain, of each block, as a share of the variance."""
@@ -48,15 +55,27 @@ class Sweep:
         sides = self.r[:, self.blocks].movedim(0, -1)
         return (sides * _solved(corners, sides)).sum((1, 2)) / self.scale
 
-    def forget(self, group: int) -> None:
-        """Takes the block of a group out of both matrices, if it has one here."""
-        for block in self.blocks[self.members == group]:
-            side = self.m[:, block]
-            step = _solved(self.m[block][:, block], side.T)
-            self.r = self.r - self.r[:, block] @ step
-            self.m = self.m - side @ step
-            self.m[block], self.m[:, block], self.r[:, block] = 0.0, 0.0, 0.0
-            self.m[block, block] = 1.0
+    def forget(self, groups: Tensor) -> None:
+        """Takes the blocks that these groups have here out of both matrices."""
+        gone = torch.isin(self.members, groups.to(self.members.device))
+        if not bool(gone.any()):
+            return
+        block = self.blocks[gone].flatten()
+        side = self.m[:, block]
+        step = _solved(self.m[block][:, block], side.T)
+        self.r = self.r.addmm(self.r[:, block], step, alpha=-1)
+        self.m.addmm_(side, step, alpha=-1)  # in place, for it is what is large
+        self.members, self.blocks = self.members[~gone], self.blocks[~gone]
+        self.forgotten = torch.cat([self.forgotten, block])
+        if len(self.forgotten) > SPARE * len(self.m):
+            self._compact()
+
+    def _compact(self) -> None:
+        """Leaves out the columns that are forgotten."""
+        alive = torch.ones(len(self.m), dtype=torch.bool, device=self.m.device).index_fill(0, self.forgotten, False)
+        place = alive.cumsum(0) - 1
+        self.m, self.r, self.blocks = self.m[alive][:, alive], self.r[:, alive], place[self.blocks]
+        self.forgotten = self.forgotten[:0]
 
 
 def _solved(corner: Tensor, side: Tensor) -> Tensor:
@@ -67,7 +86,10 @@ def _solved(corner: Tensor, side: Tensor) -> Tensor:
 
 
 def order(sweeps: list[Sweep], groups: list[int], how: How) -> list[int]:
-    """The groups, those that can go first at the front; of several readers the rises are added up."""
+    """The groups, those that can go first at the front; of several readers the rises are added up.
+
+    Of more than EXACT groups several go at a time, which approximates the order of one by one.
+    """
     sign, found = -1.0 if how == "selection" else 1.0, list[int]()
     place = torch.full((max(groups) + 1,), -1)
     place[torch.tensor(groups)] = torch.arange(len(groups))
@@ -76,11 +98,14 @@ def order(sweeps: list[Sweep], groups: list[int], how: How) -> list[int]:
         rise = torch.zeros(len(groups), dtype=torch.float64)
         for sweep in sweeps:
             rise.index_add_(0, place[sweep.members.cpu()], sweep.rises().double().cpu())
-        at = int((sign * rise).masked_fill(gone, torch.inf).argmin())
-        gone[at] = True
-        found.append(groups[at])
+        left = len(groups) - len(found)
+        next_ = (
+            (sign * rise).masked_fill(gone, torch.inf).argsort(stable=True)[: max(1, left // 64) if left > EXACT else 1]
+        )
+        gone[next_] = True
+        found += [groups[at] for at in next_.tolist()]
         for sweep in sweeps:
-            sweep.forget(groups[at])
+            sweep.forget(torch.tensor(groups)[next_])
     return found[::-1] if how == "selection" else found
 
 
@@ -93,15 +118,18 @@ def ranks(
     how: How,
     ridge: float,
     memory: int = MEMORY,
+    only: Bool[Tensor, "groups"] | None = None,
 ) -> Float[Tensor, "groups"]:
     """The place of each group in the order of its layers, 0 for the first to go; -1 where no reader can make up for it.
 
-    `batches`: inputs. Readers of one set of groups are swept together. A reader too wide for its moments is taken as
-    several, whose blocks know nothing of each other.
+    `batches`: inputs. `only`: the groups that are to be ordered. Readers of one set of groups are swept together. A
+    reader too wide for its moments is taken as several, whose blocks know nothing of each other.
     """
     found = torch.full((len(groups),), -1.0)
-    members = _members(groups)
-    members = {name: of for name, of in members.items() if is_known(model.get_submodule(name))}
+    members = {name: of for name, of in _members(groups).items() if is_known(model.get_submodule(name))}
+    if only is not None:
+        members = {name: torch.where((of >= 0) & only[of], of, -1) for name, of in members.items()}
+        members = {name: of for name, of in members.items() if bool((of >= 0).any())}
     batches = list(batches)
     for names in _portions(model, members, memory):
         moments = _moments(model, names, batches, call)

@@ -17,6 +17,10 @@ task = {use = "fakes:task", width = 8}
 epochs = 2
 lr = 0.1
 
+[assumed]
+accuracy = {seeds = 0.1}
+params_pruned = {seeds = 0.5}
+
 [cases.hap]
 score = {use = "fakes:score", curvature = "exact"}
 implant = "fakes:implant"

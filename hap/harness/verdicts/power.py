@@ -24,6 +24,7 @@ from hap.harness.verdicts.statistics import MOST_SEEDS, deviation, further, spen
 
 WANTED = 0.8  # the power that a claim should have
 TIMED = ("task", "trace", "prune", "finetune", "evaluate")  # the stages of a record that are not parts of others
+ASSUMED = "what is assumed"
 CERTAIN = 30.0  # standard errors: beyond it no probability but 1 can be told
 
 
@@ -96,13 +97,13 @@ def spread(spec: Spec, claim: Claim, runs: Runs, aged: Callable[[Run], Age] = la
     both = sides(claim, runs)
     seeds = [seed for seed in spec.seeds if all(seed in side for side in both)]
     if len(seeds) < 2:
-        return Spread(_parts(_assumed(spec, claim), claim), "assumed")
+        return Spread(_parts(_assumed(spec, claim), claim), ASSUMED)
     stale = any(aged(side[seed]).state == "stale" for side in both for seed in seeds)
     found, told = measured(claim, runs, seeds), f"{len(seeds)} seeds of {'stale ' if stale else ''}records"
     if found.parts is not None:
         return Spread(found.parts, told)
     if deviation(found.values) == 0 and not found.certain:
-        return Spread(_parts(_assumed(spec, claim), claim), "assumed")
+        return Spread(_parts(_assumed(spec, claim), claim), ASSUMED)
     seen = deviation(found.values) ** 2
     if claim.over == "seeds":
         return Spread(Parts(seen, 0.0, 0.0, 2), told)

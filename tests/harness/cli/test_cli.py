@@ -510,3 +510,64 @@ def test_by_jobs_only_what_is_missing_is_sent(folder, monkeypatch):
     assert [(record.job.case.name, record.job.seed) for record in sent] == [("hap", 0), ("hap", 2)]
     hap("run", "table", "--case", "hap", "--slurm", "cluster=local", "--again")
     assert len(sent) == 5
+
+
+LOOKS = SPEC.replace("seeds = [0, 1, 2]", "seeds = {looks = [3, 6, 12]}")
+
+
+def noisy(monkeypatch, until=12):
+    """Runs of which the difference is open with fewer than `until` seeds, and then clear."""
+    made = []
+
+    def run(case, seed, *, known, say, keep):
+        made.append((case.name, seed))
+        gap = (3.0 if seed % 2 else -3.0) if seed < until else 40.0
+        accuracy = 50.0 + gap * (case.name == "hap")
+        return with_accuracy(fake_run(case, seed), "selected", accuracy, 0.1 + seed / 99)
+
+    monkeypatch.setattr("hap.harness.run.run", run)
+    return made
+
+
+def test_a_run_makes_the_first_look_and_more_only_for_open_claims(folder, monkeypatch):
+    write_spec(folder, LOOKS)
+    made = noisy(monkeypatch)
+    assert hap("run", "table").exit_code == 0
+    assert sorted(made) == [(case, seed) for case in ("hap", "random") for seed in range(3)]
+    told = hap("run", "table", "--until-decided")
+    assert sorted(made) == [(case, seed) for case in ("hap", "random") for seed in range(12)]
+    assert "table: 6 more records, for claims that are open" in told.stdout
+    assert "look 3 of 3" in told.stdout
+    assert hap("run", "table", "--until-decided").exit_code == 0
+    assert len(made) == 24
+
+
+def test_a_clear_claim_takes_no_further_seeds(folder):
+    write_spec(folder, LOOKS)
+    assert hap("run", "table", "--until-decided").exit_code == 0  # hap is a little better for each seed
+    assert len(list((folder / "results").rglob("seed*.json"))) == 6
+
+
+def test_seeds_can_be_chosen(folder):
+    write_spec(folder, LOOKS)
+    assert hap("run", "table", "--seeds", "1,4-5", "--case", "hap").exit_code == 0
+    names = sorted(file.name for file in (folder / "results").rglob("seed*.json"))
+    assert names == ["seed1.json", "seed4.json", "seed5.json"]
+    assert "--seeds: must be of the seeds of table, 0 to 11, found 12" in hap("run", "table", "--seeds", "12").stderr
+    assert "--seeds: numbers as in 0,2,5-7 expected, found 'x'" in hap("run", "table", "--seeds", "x").stderr
+    assert "not with --seeds" in hap("run", "table", "--seeds", "1", "--until-decided").stderr
+
+
+def test_power_is_told_before_anything_is_spent(folder):
+    write_spec(folder, SPEC.replace("[finetune]", "minutes = 6\n\n[finetune]"))
+    told = hap("power", "table")
+    assert told.exit_code == 0
+    first = next(line for line in told.stdout.splitlines() if "params_pruned of hap >= 70" in line)
+    assert first.split()[:2] == ["1", "3"]
+    assert first.split()[4] == "0.3"  # of an hour: three seeds of six minutes
+    assert first.endswith("effect 2 (spread of what is assumed)")
+    assert "of 2 claims have a power of 80% or more with their seeds" in told.stdout
+    assert not (folder / "results").exists()
+    write_spec(folder, SPEC.replace("params_pruned = {seeds = 0.5}", ""))
+    assert "assumed.params_pruned: is needed where records do not say a spread" in hap("power", "table").stderr
+    assert "name a spec: table or all" in hap("power").stderr

@@ -12,6 +12,7 @@ from hap.harness.records import checks as integrity
 from hap.harness.records import store
 from hap.harness.report import write as report
 from hap.harness.spec.spec import load_spec
+from hap.harness.verdicts import families
 
 ROOT = Path(__file__).parents[3]
 ROWS = {"conv": "##--"}
@@ -402,3 +403,42 @@ def test_the_command_tells_a_line_a_finding(folder, monkeypatch):
 
 def test_nothing_is_wrong_with_the_committed_results():
     assert [finding.line for finding in lint(ROOT / "reproductions", ROOT / "results")] == []
+
+
+def test_a_claim_that_no_seeds_decide_and_one_without_an_effect_are_told(folder):
+    write_spec(folder, SPEC.replace("effect = 2\n", "").replace("tolerance = 0.5\n", "") + BASE)
+    wrong = [line for line in found(folder) if "claims[" in line]
+    assert wrong[0] == (
+        "reproductions/table.toml: claims[1] must say the effect that it assumes, as in effect = 0.3 (found none)"
+    )
+    assert wrong[1].startswith("reproductions/table.toml: claims[2] must ")
+
+
+def committed(folder, commit):
+    """The commit of the evidence of hap."""
+    made = honest(load_spec(folder / "reproductions" / "table.toml").cases["hap"], 0)
+    for seed in range(3):
+        spoilt(folder, seed=seed, code={**made.code, "commit": commit})
+
+
+def test_families_that_changed_after_the_evidence_are_told_unless_there_is_a_reason(folder, monkeypatch):
+    claims = load_spec(folder / "reproductions" / "table.toml").claims
+    before = {families._same(claim): "sanity" for claim in claims}
+    monkeypatch.setattr(families, "_families", lambda commit, path: before)
+    committed(folder, "a" * 40)
+    (line,) = [line for line in found(folder) if "family" in line]
+    assert line == (
+        "reproductions/table.toml: claims[1].family must be as when its evidence was made, sanity, or `regrouped` say "
+        "why; evidence at aaaaaaaaaa (found sizes)"
+    )
+    write_spec(folder, SPEC.replace("[finetune]", 'regrouped = "sizes are no sanity"\n[finetune]') + BASE)
+    assert not [line for line in found(folder) if "family" in line]
+
+
+def test_what_git_does_not_know_of_families_is_said_and_is_no_finding(folder):
+    committed(folder, "a" * 40)
+    lines = []
+    wrong = lint(folder / "reproductions", folder / "results", unknown=lines.append)
+    assert not [each for each in wrong if "family" in each.rule]
+    assert len(lines) == 1
+    assert lines[0].endswith("how its claims were grouped is not known, for git does not have it at aaaaaaaaaa")

@@ -302,6 +302,29 @@ MALFORMED = {
         "cases.hap.recalibrate",
         "boolean",
     ),
+    "a claim about nothing": ('over = "seeds"\n', "", "claims[1].over", "is required"),
+    "a claim about images alone": ('over = "seeds"\n', 'over = "images"\n', "claims[1].over", "(found 'images')"),
+    "a count over images": (
+        'over = "seeds"\n',
+        'over = "seeds and images"\n',
+        "claims[1].over",
+        "must be \"seeds\" for params_pruned (found 'seeds and images')",
+    ),
+    "no family": ('family = "sizes"\n', "", "claims[1].family", "is required"),
+    "negative effect": ("effect = 2", "effect = -2", "claims[1].effect", "(found -2)"),
+    "looks that are none": ("seeds = [0, 1, 2]", "seeds = {looks = []}", "seeds", "must be a list, or {looks"),
+    "looks that shrink": ("seeds = [0, 1, 2]", "seeds = {looks = [6, 3]}", "seeds", "more at each look"),
+    "a look at one seed": ("seeds = [0, 1, 2]", "seeds = {looks = [1, 3]}", "seeds", "with two or more seeds"),
+    "looks and more": ("seeds = [0, 1, 2]", "seeds = {looks = [3], first = 1}", "seeds", "{'looks': [3], 'first': 1}"),
+    "looks outside of seeds": ("seeds = [0, 1, 2]", "seeds = [0]\nlooks = [3]", "looks", "is a part of seeds"),
+    "a source of what a stand-in shows": (
+        "[finetune]",
+        'stand_in = "ResNet50"\n[finetune]',
+        "claims[1].source",
+        "a stand-in shows nothing of it",
+    ),
+    "no reason to regroup": ("[finetune]", 'regrouped = ""\n[finetune]', "regrouped", "at least 1 character"),
+    "an assumption without a spread": ("{seeds = 0.1}", "{images = 450}", "assumed.accuracy.seeds", "is required"),
     "needs nothing": ("[finetune]", 'needs = " "\n[finetune]', "needs", "at least 1 character"),
     "known without a why": ("tolerance = 0.5", 'known = ""', "claims[2].known", "at least 1 character"),
 }
@@ -604,3 +627,21 @@ def test_a_mistake_in_a_published_accuracy_is_told(tmp_path, old, new, told):
     with pytest.raises(HapError) as caught:
         load(tmp_path, SPEC + BASES.replace(old, new))
     assert told in str(caught.value)
+
+
+def test_looks_are_at_the_first_seeds(tmp_path):
+    spec = load(tmp_path, changed("seeds = [0, 1, 2]", "seeds = {looks = [3, 6, 12]}"))
+    assert (spec.seeds, spec.stops, spec.first) == (tuple(range(12)), (3, 6, 12), (0, 1, 2))
+    plain = load(tmp_path)
+    assert (plain.stops, plain.first) == ((3,), (0, 1, 2))
+    assert spec.cases["hap"].key == plain.cases["hap"].key
+    some = spec.model_copy(update={"seeds": (0, 1, 2, 3)})  # as a command does that is about some of them
+    assert (some.stops, some.first) == ((3,), (0, 1, 2))
+    assert spec.model_copy(update={"seeds": (7,)}).first == (7,)
+
+
+def test_a_stand_in_cites_nothing_as_its_own_and_has_no_claim_of_the_paper(tmp_path):
+    stands = changed("[finetune]", 'stand_in = "ResNet50"\n[finetune]').replace('"[Yu22] abstract"', '"this suite"')
+    assert load(tmp_path, stands).stand_in == "ResNet50"
+    with pytest.raises(HapError, match=r"claims\[1\].family: must not be that of the paper in a stand-in"):
+        load(tmp_path, stands.replace('family = "sizes"', 'family = "paper"'))
