@@ -52,20 +52,17 @@ def hessian_trace(
     """The increase of the loss, to second order, when a group is removed, with the mean curvature for its block of H.
 
     s = Tr(H_pp) / (2 p) * ||w_p||^2, with p the number of weights of the group [Yu22, sec. 3]; in units of the loss.
-    `columns` and `share` as in `exact`; `probes` and `block` as in `hutchinson`. `normalise`: divide by the norm of the
-    scores of a layer, as `michel` does; else a global order can empty the last layers of a transformer, where only one
-    position counts. # paper: does not mention it. `pruned`: scores -> mask of groups that the budget prunes; a warning
-    where the even and the odd probes do not agree on it. `confidence`: stop the probes when they agree on this share.
-    `halves`: called with the scores of both halves, instead of the warning. `merge`: called with the curvature of these
-    batches, returns that of all, where other processes measure the rest. HapError for another `curvature`.
-    # upstream: 3 probes by default, and no 1/2, which changes no ranking.
+    `columns` and `share` as in `exact`; `probes` and `block` as in `hutchinson`. `normalise`: divide by the norm of a
+    layer's scores, as `michel`; else the last layers of a transformer, where one position counts, can go whole.
+    # paper: does not mention it. `pruned`: scores -> mask of groups that the budget prunes; a warning if odd and even
+    probes disagree. `confidence`: stop the probes when they agree on this share. `halves`: called with the scores
+    of both halves, instead of the warning. `merge`: the curvature of these batches -> that of all, where others measure
+    the rest. HapError for another `curvature`. # upstream: 3 probes by default, and no 1/2, which changes no ranking.
 
-    >>> model, rng = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.Generator().manual_seed(0)
+    >>> model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.eye(4)
     >>> _ = model[1].weight.data[:, 0].zero_()  # row 0 of the first layer has no effect
-    >>> x = torch.rand(8, 4, generator=rng)
-    >>> batches, groups = [(x, torch.arange(8) % 2)], couple(model, trace(model, x))
-    >>> scores = hessian_trace(model, CrossEntropy(), batches, groups, rng=rng)
-    >>> (scores > 0).tolist()
+    >>> batches, rng = [(x, torch.tensor([0, 1, 0, 1]))], torch.Generator()
+    >>> (hessian_trace(model, CrossEntropy(), batches, couple(model, trace(model, x)), rng=rng) > 0).tolist()
     [False, True, True]
     """
     scale = groups.reduce(_weights(model, groups, lambda w: w.square())).cpu() / (2 * _size(model, groups))

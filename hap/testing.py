@@ -143,9 +143,16 @@ def check_implant(implant: Implant, module: nn.Module, x: Tensor) -> None:
 
 
 def check_update(update: Update, reader: nn.Module, x: Tensor) -> None:
-    """Whether an update gives a reader of half of its inputs finite weights of its shape, and changes nothing.
+    """An update gives a reader with half of its inputs finite weights of the right shapes, and changes nothing.
 
-    `x`: a batch as the whole reader reads it. What it should write is what it writes now.
+    `x`: an input batch of the whole reader, whose outputs are the wanted ones. HapError where one of these rules is
+    broken.
+
+    >>> from hap.updates import least_squares
+    >>> check_update(least_squares, nn.Linear(4, 3), torch.eye(4))
+    >>> check_update(lambda reader, kept, moments: (reader.weight, torch.zeros(1)), nn.Linear(4, 3), torch.eye(4))
+    Traceback (most recent call last):
+    hap.HapError: check_update: a weight of shape (3, 2) and one bias per row expected, found (3, 2) and (1,)
     """
     slots = torch.arange(0, reader.get_parameter("weight").shape[1] * getattr(reader, "groups", 1), 2)
     half = resize(copy.deepcopy(reader), torch.arange(len(reader.get_parameter("weight"))), slots)
@@ -157,7 +164,7 @@ def check_update(update: Update, reader: nn.Module, x: Tensor) -> None:
     wanted = half.get_parameter("weight").shape
     if weight.shape != wanted or bias.shape != wanted[:1]:
         found = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-        raise HapError(f"check_update: a weight of shape {tuple(wanted)} and a bias a row expected, found {found}")
+        raise HapError(f"check_update: a weight of shape {tuple(wanted)} and one bias per row expected, found {found}")
     if not bool(weight.isfinite().all() and bias.isfinite().all()):
         raise HapError("check_update: finite weights expected, found some that are not")
     if any(not torch.equal(value, before[name]) for name, value in half.state_dict().items()):
