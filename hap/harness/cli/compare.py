@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hap import HapError
+from hap.harness.cli.planning import seeds_of
 from hap.harness.cli.terminal import Context, Results, executing, near, out, paths, results_of, say
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def compare(
     against: Annotated[str | None, typer.Option(help="The case it replaces (default: HAP's, the first).")] = None,
     rerun: Annotated[bool, typer.Option("--rerun", help="Run HAP's cases here too, not only yours.")] = False,
     record: Annotated[bool, typer.Option("--record", help="Keep the result under results/compare/.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="Only these of the committed seeds, as in 0,2,5-7.")] = None,
     known: Annotated[bool, typer.Option("--list", help="Name what can be compared with.")] = False,
     results: Results = None,
 ) -> None:
@@ -47,7 +49,7 @@ def compare(
         raise HapError(f"--spec {spec}: must be one spec, found {len(chosen)}")
     rival = comparison.rival(function, _options([*(options or []), *(more or [])]), role)
     with executing(context) as executor:
-        _compare(chosen[0], rival, against, rerun, record, results_of(chosen[0], results), executor)
+        _compare(chosen[0], rival, against, rerun, record, results_of(chosen[0], results), executor, seeds)
 
 
 def _options(given: list[str]) -> dict[str, Any]:
@@ -71,6 +73,7 @@ def _compare(
     record: bool,
     results: Path,
     executor: "Executor",
+    seeds: str | None,
 ) -> None:
     from hap.harness.compare import comparison
     from hap.harness.compare.conclusions import page
@@ -79,6 +82,7 @@ def _compare(
     from hap.harness.verdicts import judge
 
     base = load_spec(path)
+    base = base.model_copy(update={"seeds": tuple(seeds_of(seeds, base) or base.seeds)})
     require(base)
     cases = comparison.baselines(base, rival.role, against)
     evidence = comparison.committed(base, cases, results, rerun)

@@ -377,6 +377,14 @@ def test_a_method_and_an_implant_are_compared_too(folder, use, role, case):
     assert f"strangers:{use} in the place of {case.partition('@')[0]}, tiny" in told.stdout
 
 
+def test_some_of_the_seeds_can_be_compared(folder):
+    told = hap("compare", "strangers:worst", "--spec", "tiny", "--seeds", "0,2")
+    assert told.exit_code == 0, told.stderr
+    lines = rows(told.stdout[told.stdout.index("strangers:worst in the place of hap") :])[1:]
+    assert [line[2] for line in lines] == ["2", "2"]
+    assert "must be of the seeds of tiny" in hap("compare", "strangers:worst", "--spec", "tiny", "--seeds", "9").stderr
+
+
 def test_haps_cases_can_be_run_here_too(folder):
     told = hap("compare", "strangers:same", "--spec", "tiny", "--against", "hap@50", "--rerun")
     assert told.exit_code == 0, told.output
