@@ -206,7 +206,9 @@ def test_a_low_rank_map_is_the_reduced_rank_regression_with_the_ridge_that_predi
     for size in (9, 8, 7):
         x = rng.standard_normal((size, 7)) * np.geomspace(1, 0.2, 7) + 1
         data.append((x, x @ truth + 2 + noise * rng.standard_normal((size, 5))))
-    reader = nn.Linear(8, 6, bias=constant).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the best ridge depends on the weights
+        reader = nn.Linear(8, 6, bias=constant).double()
     of = torch.tensor([5, 0, 1, 6, 2])
     given = [
         (torch.from_numpy(x), torch.zeros(len(x), 8, dtype=torch.float64).index_copy(1, of, torch.from_numpy(c)))
