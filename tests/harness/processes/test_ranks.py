@@ -11,6 +11,7 @@ import together
 import torch
 
 from hap import HapError
+from hap.harness.make import Job, ensure
 from hap.harness.processes import ranks
 from hap.harness.spec.spec import load_spec
 from hap.harness.supplied import Share
@@ -418,7 +419,9 @@ def test_what_happens_on_one_rank_is_told_and_ends_the_job(what, line, tmp_path)
 
 @pytest.mark.slow
 def test_ranks_with_other_data_are_refused(tmp_path):
-    program = "from hap.harness import ranks\nfrom hap.harness.cli.terminal import told\n@told\ndef command():\n"
+    program = (
+        "from hap.harness.processes import ranks\nfrom hap.harness.cli.terminal import told\n@told\ndef command():\n"
+    )
     program += "    with ranks.joined():\n        ranks.agreed('noise: the data', str(ranks.rank()))\ncommand()\n"
     (tmp_path / "program.py").write_text(program)
     job = launched(2, tmp_path / "program.py", cwd=tmp_path)
