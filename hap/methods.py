@@ -52,20 +52,17 @@ def hessian_trace(
     """The increase of the loss, to second order, when a group is removed, with the mean curvature for its block of H.
 
     s = Tr(H_pp) / (2 p) * ||w_p||^2, with p the number of weights of the group [Yu22, sec. 3]; in units of the loss.
-    `columns` and `share` as in `exact`; `probes` and `block` as in `hutchinson`. `normalise`: divide by the norm of the
-    scores of a layer, as `michel` does; else a global order can empty the last layers of a transformer, where only one
-    position counts. # paper: does not mention it. `pruned`: scores -> mask of groups that the budget prunes; a warning
-    where the even and the odd probes do not agree on it. `confidence`: stop the probes when they agree on this share.
-    `halves`: called with the scores of both halves, instead of the warning. `merge`: called with the curvature of these
-    batches, returns that of all, where other processes measure the rest. HapError for another `curvature`.
-    # upstream: 3 probes by default, and no 1/2, which changes no ranking.
+    `columns` and `share` as in `exact`; `probes` and `block` as in `hutchinson`. `normalise`: divide by the norm of a
+    layer's scores, as `michel`; else the last layers of a transformer, where one position counts, can go whole.
+    # paper: does not mention it. `pruned`: scores -> mask of groups that the budget prunes; a warning if odd and even
+    probes disagree. `confidence`: stop the probes when they agree on this share. `halves`: called with the scores
+    of both halves, instead of the warning. `merge`: the curvature of these batches -> that of all, where others measure
+    the rest. HapError for another `curvature`. # upstream: 3 probes by default, and no 1/2, which changes no ranking.
 
-    >>> model, rng = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.Generator().manual_seed(0)
+    >>> model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.eye(4)
     >>> _ = model[1].weight.data[:, 0].zero_()  # row 0 of the first layer has no effect
-    >>> x = torch.rand(8, 4, generator=rng)
-    >>> batches, groups = [(x, torch.arange(8) % 2)], couple(model, trace(model, x))
-    >>> scores = hessian_trace(model, CrossEntropy(), batches, groups, rng=rng)
-    >>> (scores > 0).tolist()
+    >>> batches, rng = [(x, torch.tensor([0, 1, 0, 1]))], torch.Generator()
+    >>> (hessian_trace(model, CrossEntropy(), batches, couple(model, trace(model, x)), rng=rng) > 0).tolist()
     [False, True, True]
     """
     scale = groups.reduce(_weights(model, groups, lambda w: w.square())).cpu() / (2 * _size(model, groups))
@@ -295,7 +292,8 @@ def obs(
     each removal the inverse covariances and weights are updated [Hassibi93; Kurtic23]. `allocation` decides how many
     go in each layer: "uniform" for the same share, "trace" or "magnitude" for as many as these scores take. `ridge`: in
     units of the mean variance of a reader's inputs. Groups for which no reader can compensate have the highest scores;
-    with `inner`, also those of residual streams. HapError for another `allocation`.
+    with `inner`, also those of residual streams, which the
+    allocation alone orders. HapError for another `allocation`.
 
     >>> model, rng = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.Generator().manual_seed(0)
     >>> _ = model[1].weight.data[:, 0].zero_()  # row 0 of the first layer has no effect
@@ -344,7 +342,8 @@ def _reconstructing(
     rng: torch.Generator,
 ) -> Scores:
     inputs = [inputs for inputs, _ in batches]
-    place = ranks(model, groups, inputs, loss.call, how=how, ridge=ridge)
+    streams = in_streams(groups) if inner else torch.zeros(len(groups), dtype=torch.bool)
+    place = ranks(model, groups, inputs, loss.call, how=how, ridge=ridge, only=~streams)
     if allocation == "uniform":
         amounts = uniform(model, loss, batches, groups, rng=rng)
     elif allocation == "trace":
@@ -357,7 +356,7 @@ def _reconstructing(
     for layer in _by_layer(groups):
         made_up = layer[place[layer] >= 0]
         scores[made_up[place[made_up].argsort()]] = amounts[made_up].sort().values
-    last = (place < 0) | (inner & in_streams(groups))
+    last = place < 0
     if bool(last.any()) and not bool(last.all()):
         scores[last] += scores.max() - amounts[last].min() + 1
     return scores

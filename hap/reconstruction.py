@@ -1,13 +1,13 @@
-"""Which inputs a layer can do without, if its other weights make up for them: orders of groups, from second moments.
+"""The order in which groups can be removed if other weights of their readers compensate, from second moments.
 
-What is lost when a reader keeps the columns s alone, and takes the best weights for them, is known without any
-regression: tr(W S W') - tr(B' A^-1 B), with S the covariance of all columns, A = S_ss and B = S_s: W'. So all of it is
-linear algebra on one matrix a layer.
+The squared error that remains when a reader W keeps only the columns s, with the best weights for them, is
+tr(W S W') - tr(B' A^-1 B), with S the covariance of all columns, A = S_ss and B = S_s: W'. So no regression is
+necessary, only linear algebra on one matrix for each layer.
 """
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,51 +23,73 @@ from hap.surgery.cut import resize
 from hap.surgery.moments import WIDEST, Sums
 
 MEMORY = 2**30  # bytes of moments that are kept at once
+EXACT = 128  # groups that are ordered one by one; of more, 1 in 64 of those left go at a time
+SPARE = 1 / 8  # the share of forgotten columns that is carried along
 How = Literal["removal", "selection"]
 
 
 @dataclass
 class Sweep:
-    """A matrix over the columns of a reader that forgets one block of them after another.
+    """Two matrices over the columns of a reader, from which one block of columns after another is eliminated.
 
-    `m` the inverse covariance and `r` the weights: the block's rise r_b (m_bb)^-1 r_b' is what removing it costs, the
-    weights of the others made up for it [Hassibi93]. `m` the covariance and `r` the weights times it: the same is what
-    selecting the block gains.
+    For removal, `m` is the inverse covariance and `r` the weights: r_b (m_bb)^-1 r_b' is the increase of the squared
+    error without block b, when the other weights compensate [Hassibi93]. For selection, `m` is the covariance and `r`
+    the weights times it: the same expression is the decrease of the squared error when block b is selected.
     """
 
     m: Float[Tensor, "cols cols"]
     r: Float[Tensor, "rows cols"]
     members: Int[Tensor, "blocks"]  # groups
     blocks: Int[Tensor, "blocks width"]  # their columns
-    scale: float = 1.0  # the variance of what the reader writes
+    scale: float = 1.0  # the variance of the output of the reader
     reader: str = ""
+    forgotten: Int[Tensor, "columns"] = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def __post_init__(self) -> None:
+        """Move `forgotten` to the device of `m`."""
+        self.forgotten = self.forgotten.to(self.m.device)
 
     def rises(self) -> Float[Tensor, "blocks"]:
-        """The rise, or gain, of each block, as a share of the variance."""
+        """The increase (or decrease) of the squared error by each block, as a share of the variance of the output."""
         corners = self.m[self.blocks[:, :, None], self.blocks[:, None]]
         sides = self.r[:, self.blocks].movedim(0, -1)
         return (sides * _solved(corners, sides)).sum((1, 2)) / self.scale
 
-    def forget(self, group: int) -> None:
-        """Takes the block of a group out of both matrices, if it has one here."""
-        for block in self.blocks[self.members == group]:
-            side = self.m[:, block]
-            step = _solved(self.m[block][:, block], side.T)
-            self.r = self.r - self.r[:, block] @ step
-            self.m = self.m - side @ step
-            self.m[block], self.m[:, block], self.r[:, block] = 0.0, 0.0, 0.0
-            self.m[block, block] = 1.0
+    def forget(self, groups: Tensor) -> None:
+        """Eliminate the blocks of these groups from both matrices."""
+        gone = torch.isin(self.members, groups.to(self.members.device))
+        if not bool(gone.any()):
+            return
+        block = self.blocks[gone].flatten()
+        side = self.m[:, block]
+        step = _solved(self.m[block][:, block], side.T)
+        self.r = self.r.addmm(self.r[:, block], step, alpha=-1)
+        self.m.addmm_(side, step, alpha=-1)  # in place, for it is what is large
+        self.members, self.blocks = self.members[~gone], self.blocks[~gone]
+        self.forgotten = torch.cat([self.forgotten, block])
+        if len(self.forgotten) > SPARE * len(self.m):
+            self._compact()
+
+    def _compact(self) -> None:
+        """Drop the eliminated columns from both matrices, which makes them smaller."""
+        alive = torch.ones(len(self.m), dtype=torch.bool, device=self.m.device).index_fill(0, self.forgotten, False)
+        place = alive.cumsum(0) - 1
+        self.m, self.r, self.blocks = self.m[alive][:, alive], self.r[:, alive], place[self.blocks]
+        self.forgotten = self.forgotten[:0]
 
 
 def _solved(corner: Tensor, side: Tensor) -> Tensor:
-    """What times the corner is the side; where columns are copies of others the corner is singular."""
+    """corner^-1 side; a small ridge keeps it solvable where columns are copies of others."""
     tiny = 1e-12 * corner.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)
     found: Tensor = torch.linalg.solve(corner + tiny[..., None, None] * torch.eye(corner.shape[-1]).to(corner), side)
     return found
 
 
 def order(sweeps: list[Sweep], groups: list[int], how: How) -> list[int]:
-    """The groups, those that can go first at the front; of several readers the rises are added up."""
+    """`groups`, sorted from the first to remove to the last; the increases of all readers are added.
+
+    With more than EXACT groups, several are removed in one step, which approximates the order of single steps.
+    """
     sign, found = -1.0 if how == "selection" else 1.0, list[int]()
     place = torch.full((max(groups) + 1,), -1)
     place[torch.tensor(groups)] = torch.arange(len(groups))
@@ -76,11 +98,14 @@ def order(sweeps: list[Sweep], groups: list[int], how: How) -> list[int]:
         rise = torch.zeros(len(groups), dtype=torch.float64)
         for sweep in sweeps:
             rise.index_add_(0, place[sweep.members.cpu()], sweep.rises().double().cpu())
-        at = int((sign * rise).masked_fill(gone, torch.inf).argmin())
-        gone[at] = True
-        found.append(groups[at])
+        left = len(groups) - len(found)
+        next_ = (
+            (sign * rise).masked_fill(gone, torch.inf).argsort(stable=True)[: max(1, left // 64) if left > EXACT else 1]
+        )
+        gone[next_] = True
+        found += [groups[at] for at in next_.tolist()]
         for sweep in sweeps:
-            sweep.forget(groups[at])
+            sweep.forget(torch.tensor(groups)[next_])
     return found[::-1] if how == "selection" else found
 
 
@@ -93,15 +118,18 @@ def ranks(
     how: How,
     ridge: float,
     memory: int = MEMORY,
+    only: Bool[Tensor, "groups"] | None = None,
 ) -> Float[Tensor, "groups"]:
-    """The place of each group in the order of its layers, 0 for the first to go; -1 where no reader can make up for it.
+    """The place of each group in the order of its layers, 0 to be removed first; -1 where no reader can compensate.
 
-    `batches`: inputs. Readers of one set of groups are swept together. A reader too wide for its moments is taken as
-    several, whose blocks know nothing of each other.
+    `batches`: inputs of the model; `only`: mask of the groups to order. Readers that share groups are treated together.
+    A reader with more than WIDEST columns is treated as several, without the covariances between them.
     """
     found = torch.full((len(groups),), -1.0)
-    members = _members(groups)
-    members = {name: of for name, of in members.items() if is_known(model.get_submodule(name))}
+    members = {name: of for name, of in _members(groups).items() if is_known(model.get_submodule(name))}
+    if only is not None:
+        members = {name: torch.where((of >= 0) & only[of], of, -1) for name, of in members.items()}
+        members = {name: of for name, of in members.items() if bool((of >= 0).any())}
     batches = list(batches)
     for names in _portions(model, members, memory):
         moments = _moments(model, names, batches, call)
@@ -118,7 +146,7 @@ def ranks(
 
 
 def in_streams(groups: Groups) -> Bool[Tensor, "groups"]:
-    """The groups that several layers read, or write together by a sum, as a residual stream; heads are none."""
+    """Mask of the groups that several layers read, or write as terms of a sum, as a residual stream; heads excluded."""
     readers, writers = (torch.zeros(len(groups), dtype=torch.long) for _ in "12")
     heads = torch.zeros(len(groups), dtype=torch.bool)
     joint = ambiguous(groups.feeds)
@@ -133,7 +161,7 @@ def in_streams(groups: Groups) -> Bool[Tensor, "groups"]:
 
 
 def _members(groups: Groups) -> dict[str, Int[Tensor, "slots"]]:
-    """By reader the group of each slot, -1 where it is of none, of several, or of a row of the reader itself."""
+    """Reader -> group of each slot; -1 where several groups or none feed it, or the reader has rows of the group."""
     of, found = _slot_groups(groups), dict[str, Tensor]()
     for name, s in groups.shapes.items():
         reads, own = of[s.slots_at], groups.row_group[s.rows_at]
@@ -144,7 +172,7 @@ def _members(groups: Groups) -> dict[str, Int[Tensor, "slots"]]:
 
 
 def _slot_groups(groups: Groups) -> Int[Tensor, "slots"]:
-    """The group that alone feeds each slot, through normalisations too; else -1."""
+    """The group that alone feeds each slot, directly or through normalisations; else -1."""
     row, slot = groups.feeds.edges
     of, alike = groups.row_group.clone(), [s for s in groups.shapes.values() if not s.mixing]
     while True:
@@ -159,7 +187,7 @@ def _slot_groups(groups: Groups) -> Int[Tensor, "slots"]:
 
 
 def _portions(model: nn.Module, members: dict[str, Tensor], memory: int) -> Iterator[list[str]]:
-    """The readers in sets that share groups only within, each set as large as its moments may be."""
+    """Sets of readers that share no group with another set, as large as `memory` bytes of moments allow."""
     number = {name: i for i, name in enumerate(members)}
     shared = [(number[a], number[b]) for a in members for b in members if bool(_common(members[a], members[b]))]
     label = components(len(number), *torch.tensor(shared, dtype=torch.long).T) if shared else torch.empty(0)
@@ -185,7 +213,7 @@ def _columns(model: nn.Module, name: str) -> int:
 
 @torch.no_grad()
 def _moments(model: nn.Module, names: list[str], batches: list[Any], call: Call) -> dict[str, list[Sums]]:
-    """What each reader reads in the dense model; of one that is too wide in as many parts as it takes."""
+    """The sums of each reader's inputs in the dense model; several parts for a reader that is too wide."""
     found, handles = dict[str, list[Sums]](), []
     for name in names:
         module = model.get_submodule(name)
@@ -217,7 +245,7 @@ def _moments(model: nn.Module, names: list[str], batches: list[Any], call: Call)
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
-    """The layer, or if it is too wide layers of some of its inputs each."""
+    """The layer; or, if it is too wide, several layers that share its inputs between them."""
     weight = module.get_parameter("weight")
     if weight[0].numel() <= WIDEST or getattr(module, "groups", 1) > 1:
         return [module]
@@ -226,7 +254,7 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _behind(model: nn.Module, groups: Groups, name: str) -> Float[Tensor, "rows"]:
-    """By what a BatchNorm right behind a layer multiplies its rows, and so what is lost of them; else 1."""
+    """The factor of a BatchNorm directly behind a layer for each row, and so for its errors; 1 without one."""
     rows = groups.shapes[name].rows
     norm = model.get_submodule(groups.norm_behind(name, torch.arange(rows))[0])
     if not isinstance(norm, _BatchNorm) or norm.running_var is None:
@@ -235,7 +263,7 @@ def _behind(model: nn.Module, groups: Groups, name: str) -> Float[Tensor, "rows"
 
 
 def _sweeps(name: str, of: Tensor, sums: list[Sums], how: How, ridge: float, behind: Tensor) -> list[Sweep]:
-    """What is swept of a reader: each group of a grouped convolution, each part of one too wide."""
+    """The sweeps of a reader: one for each group of a grouped convolution and each part of one that is too wide."""
     at, found, whole = 0, list[Sweep](), 0.0
     for each in sums:
         moments, weight = each.result(), each.module.get_parameter("weight").detach()
@@ -252,7 +280,7 @@ def _sweeps(name: str, of: Tensor, sums: list[Sums], how: How, ridge: float, beh
 
 
 def _bundled(name: str, m: Tensor, side: Tensor, slots: Tensor, columns: Tensor) -> Iterator[Sweep]:
-    """One sweep, whose blocks must be of one width."""
+    """One sweep, if any slot is in a group; HapError where groups have unequal numbers of columns."""
     own = {
         int(group): columns[(slots == group).to(columns.device)].flatten() for group in torch.unique(slots[slots >= 0])
     }
@@ -264,7 +292,7 @@ def _bundled(name: str, m: Tensor, side: Tensor, slots: Tensor, columns: Tensor)
 
 
 def _together(sweeps: list[Sweep], groups: int) -> Iterator[list[Sweep]]:
-    """The sweeps that share groups or a reader."""
+    """Sets of sweeps that share groups or a reader."""
     names = list(dict.fromkeys(sweep.reader for sweep in sweeps))
     nodes = [torch.full((len(s.members),), groups + names.index(s.reader)) for s in sweeps]
     label = components(groups + len(names), torch.cat([s.members.cpu() for s in sweeps]), torch.cat(nodes))

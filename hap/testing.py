@@ -1,8 +1,10 @@
-"""Checks of what a model, a score or an implant must satisfy; call them in the tests of your own method.
+"""Checks of what a model, a score, an implant or an update must satisfy; call them in the tests of your own method.
 
 A check returns None, or raises HapError with the rule and what it found.
 """
 
+import copy
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,9 +19,12 @@ from hap.plan import Fate, Plan
 from hap.plan import cost as planned
 from hap.structure.diagnosis import refuse_random
 from hap.structure.groups import Groups
-from hap.structure.layers import Call, failure, forward
+from hap.structure.layers import Call, axis, failure, forward
 from hap.surgery.apply import Implant, Inputs, apply, mask
+from hap.surgery.cut import resize
 from hap.surgery.head_implants import Passing
+from hap.surgery.moments import Sums
+from hap.surgery.refit import Update
 
 Score = Callable[..., Tensor]
 
@@ -135,6 +140,35 @@ def check_implant(implant: Implant, module: nn.Module, x: Tensor) -> None:
             raise HapError(f"check_implant: output of shape {shape} expected, found {found}")
     if any(not torch.equal(value, before[name]) for name, value in module.state_dict().items()):
         raise HapError("check_implant: the module was changed; build a new one")
+
+
+def check_update(update: Update, reader: nn.Module, x: Tensor) -> None:
+    """An update gives a reader with half of its inputs finite weights of the right shapes, and changes nothing.
+
+    `x`: an input batch of the whole reader, whose outputs are the wanted ones. HapError where one of these rules is
+    broken.
+
+    >>> from hap.updates import least_squares
+    >>> check_update(least_squares, nn.Linear(4, 3), torch.eye(4))
+    >>> check_update(lambda reader, kept, moments: (reader.weight, torch.zeros(1)), nn.Linear(4, 3), torch.eye(4))
+    Traceback (most recent call last):
+    hap.HapError: check_update: a weight of shape (3, 2) and one bias per row expected, found (3, 2) and (1,)
+    """
+    slots = torch.arange(0, reader.get_parameter("weight").shape[1] * getattr(reader, "groups", 1), 2)
+    half = resize(copy.deepcopy(reader), torch.arange(len(reader.get_parameter("weight"))), slots)
+    sums, before = Sums(half), {name: value.clone() for name, value in half.state_dict().items()}
+    with torch.no_grad():
+        sums.add(x.index_select(axis(reader), slots), reader(x))
+    given = {"weighted": sums.result()} if "weighted" in inspect.signature(update).parameters else {}
+    weight, bias = update(half, slots, sums.result(), **given)
+    wanted = half.get_parameter("weight").shape
+    if weight.shape != wanted or bias.shape != wanted[:1]:
+        found = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise HapError(f"check_update: a weight of shape {tuple(wanted)} and one bias per row expected, found {found}")
+    if not bool(weight.isfinite().all() and bias.isfinite().all()):
+        raise HapError("check_update: finite weights expected, found some that are not")
+    if any(not torch.equal(value, before[name]) for name, value in half.state_dict().items()):
+        raise HapError("check_update: the reader was changed; return new weights")
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ An update with the argument `weighted` also gets the moments in which positions 
 loss with respect to the reader's output.
 """
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -55,16 +56,25 @@ def rescale(reader: nn.Module, kept: Tensor, moments: Moments, *, ridge: float =
 
 
 def curvature_weighted(
-    reader: nn.Module, kept: Tensor, moments: Moments, *, weighted: Moments | None = None, ridge: float = RIDGE
+    reader: nn.Module,
+    kept: Tensor,
+    moments: Moments,
+    *,
+    weighted: Moments | None = None,
+    share: float = 0.5,
+    ridge: float = RIDGE,
 ) -> Updated:
     """Least squares with errors weighted, for each sample and position, by the curvature of the loss there.
 
     The weight of a position is the trace of the Gauss-Newton matrix with respect to the reader's output at it, over
-    rows. HapError without `weighted`. Our choice.
+    rows, divided by its mean over positions; `share` of it is mixed with 1 - `share` of a weight of 1, because a few
+    samples have most of the curvature. HapError without `weighted`. Our choice.
     """
     if weighted is None:
         raise HapError("curvature_weighted: moments weighted by curvature expected, found none; apply() gives them")
-    return least_squares(reader, kept, weighted, ridge=ridge)
+    names = ("x", "y", "xx", "xy", "yy")
+    mixed: dict[str, Any] = {name: torch.lerp(getattr(moments, name), getattr(weighted, name), share) for name in names}
+    return least_squares(reader, kept, replace(moments, **mixed), ridge=ridge)
 
 
 def _rows(reader: nn.Module, moments: Moments) -> Float[Tensor, "groups rows cols"]:

@@ -144,6 +144,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+def test_the_first_example_of_the_readme_prunes_and_prints(tmp_path: Path) -> None:
+    (tmp_path / "quick.py").write_text(_block(LIBRARY, "quick.py"))
+    command = [sys.executable, "quick.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=_environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^parameters +11,181,642 +5,\d+,\d+ +(49|50)\.\d%$", done.stdout, flags=re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_the_example_on_heads_of_the_readme_runs_and_saves(tmp_path: Path) -> None:
     pytest.importorskip("transformers")

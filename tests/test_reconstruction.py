@@ -64,10 +64,21 @@ def test_the_rises_add_up_to_what_is_lost():
     s, w = problem()
     sweep, lost, kept = sweeps(s, w, "removal"), 0.0, list(range(6))
     for out in (3, 0, 5):
-        lost += float(sweep.rises()[out])
-        sweep.forget(out)
+        lost += float(sweep.rises()[sweep.members == out])
+        sweep.forget(torch.tensor([out]))
         kept.remove(out)
         assert lost == pytest.approx(left(s, w, torch.arange(24).reshape(6, 4)[kept].flatten()), rel=1e-8)
+
+
+def test_of_many_several_go_at_a_time_and_little_more_is_lost(monkeypatch):
+    s, w = problem(channels=160, width=1, seed=3)
+    several = order([sweeps(s, w, "removal", width=1)], list(range(160)), "removal")
+    monkeypatch.setattr("hap.reconstruction.EXACT", 10**6)
+    single = order([sweeps(s, w, "removal", width=1)], list(range(160)), "removal")
+    assert sorted(several) == sorted(single) == list(range(160))
+    assert several != single
+    halves = [left(s, w, torch.tensor(each[80:])) for each in (several, single)]
+    assert halves[0] < 1.1 * halves[1]
 
 
 def test_of_two_copies_one_goes_first_and_costs_nothing():

@@ -5,11 +5,11 @@ import torch
 from cases import SMALL, build
 from torch import nn
 
-from hap import CrossEntropy, HapError, couple, declare, testing, trace
+from hap import CrossEntropy, HapError, couple, declare, testing, trace, updates
 from hap.implants import centre_tap, low_rank, mean, zero
 from hap.methods import magnitude
 from hap.plan import Fate
-from hap.testing import check_groups, check_head_implant, check_implant, check_score, random_plan
+from hap.testing import check_groups, check_head_implant, check_implant, check_score, check_update, random_plan
 
 
 def setting(name="residual", how="union"):
@@ -314,3 +314,29 @@ def test_an_implant_that_fails_in_its_own_way_is_found():
 
     with pytest.raises(HapError, match=r"check_implant: it does not run \(the model \(Conv2d\): KeyError: 'rows'\)"):
         check_implant(forgetful, nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 6, 6))
+
+
+@pytest.mark.parametrize("update", [updates.least_squares, updates.mean, updates.rescale, updates.curvature_weighted])
+@pytest.mark.parametrize("reader", [nn.Conv2d(4, 3, 3), nn.Conv2d(4, 3, 1, bias=False)])
+def test_the_updates_of_the_package_conform(update, reader):
+    check_update(update, reader, torch.randn(16, 4, 6, 6))
+    check_update(update, nn.Linear(6, 3), torch.randn(16, 6))
+
+
+def changing(reader, kept, moments):
+    with torch.no_grad():
+        reader.weight.zero_()
+    return reader.weight.clone(), moments.y.flatten()
+
+
+@pytest.mark.parametrize(
+    ("update", "says"),
+    [
+        (lambda reader, kept, moments: (reader.weight.T, moments.y.flatten()), "a weight of shape .* expected, found"),
+        (lambda reader, kept, moments: (reader.weight / 0, moments.y.flatten()), "finite weights expected"),
+        (changing, "the reader was changed"),
+    ],
+)
+def test_an_update_that_cannot_be_trusted_is_told_so(update, says):
+    with pytest.raises(HapError, match=f"check_update: {says}"):
+        check_update(update, nn.Linear(6, 2), torch.randn(16, 6))

@@ -80,12 +80,13 @@ class CrossEntropy:
     def total(self, outputs: Tensor, targets: Tensor) -> Float[Tensor, ""]:
         """The loss summed over the samples; HapError for shapes or, on a CPU, classes that do not fit."""
         _check(outputs, targets)
-        # on a GPU a wrong class stops the kernel; a check here would make every training step wait for the device
-        if targets.device.type == "cpu":
-            _check_classes(outputs.shape[1], targets, self.ignore_index)
         how: dict[str, Any] = {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
         weight = None if self.weight is None else self.weight.to(outputs)
-        return F.cross_entropy(outputs, targets, weight, reduction="sum", **how)
+        try:  # no check before: every training step would wait for the device; on a GPU a wrong class stops the kernel
+            return F.cross_entropy(outputs, targets, weight, reduction="sum", **how)
+        except (IndexError, RuntimeError):
+            _check_classes(outputs.shape[1], targets, self.ignore_index)
+            raise
 
     def mass(self, targets: Tensor) -> Tensor:
         """The number of targets that are not ignored, or the sum of their class weights."""

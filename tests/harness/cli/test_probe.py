@@ -32,8 +32,10 @@ def test_what_a_process_did_is_said(monkeypatch, code, printed, told):
     assert line().startswith("convolutions: torch " if told else "convolutions: right")
 
 
-def test_a_process_that_does_not_end_is_ended():
+def test_a_process_that_does_not_end_is_ended(monkeypatch):
     assert verdict(KNOWN, seconds=0.01) == "does not end in 0 s"
+    monkeypatch.setattr(probe, "verdict", lambda *given, **options: "does not end in 20 s")
+    assert line() == "convolutions: not known, for the probe does not end in 20 s: it hangs, or the machine is busy"
 
 
 def test_the_process_is_real():

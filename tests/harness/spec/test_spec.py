@@ -546,8 +546,8 @@ SHRUNK = """
 [cases.many]
 like = "hap"
 task = {use = "fakes:shrinkable_task", width = 8}
-score = {use = "fakes:score", probes = 300}
-reference = "fakes:score"
+score = {use = "fakes:score", curvature = "hutchinson", probes = 300}
+reference = {use = "fakes:score", curvature = "hutchinson"}
 finetune = {epochs = 9, lr = 0.1, warmup_epochs = 3, nesterov = true}
 
 [cases.thorough]
@@ -565,6 +565,10 @@ finetune = false
 like = "hap"
 score = {use = "fakes:score", probes = 1}
 finetune = {epochs = 1, lr = 0.1}
+
+[cases.exact]
+like = "small"
+score = {use = "fakes:score", probes = 300}
 """
 
 
@@ -573,13 +577,15 @@ def test_a_case_under_smoke_is_small_in_every_stage(tmp_path):
     many, thorough, mine, small = (smoke(cases[name]) for name in ("many", "thorough", "mine", "small"))
     assert many.task == Ref(use="fakes:shrinkable_task", options={"width": 8, "smoke": True})
     assert many.finetune == Recipe(epochs=1, lr=0.1, warmup_epochs=1, nesterov=True)
-    assert many.score == many.reference == Ref(use="fakes:score", options={"probes": 2})  # 3 is the default
+    fewer = {"curvature": "hutchinson", "probes": 2}  # 3 is the default
+    assert many.score == many.reference == Ref(use="fakes:score", options=fewer)
     assert (many.name, many.spec, many.budget, many.implant) == ("many", "table", *_kept(cases["many"]))
     assert thorough.task == Ref(use="fakes:task", options={"width": 8})  # it cannot be made small
     assert thorough.score == Ref(use="fakes:open_score", options={"probes": 2})
     assert thorough.finetune == Recipe(epochs=1, lr=0.1, warmup_epochs=0.5)
     assert (mine.method, mine.finetune) == (Ref(use="fakes:probing_method", options={"probes": 2}), None)
     assert small.score == Ref(use="fakes:score", options={"probes": 1})
+    assert smoke(cases["exact"]).score == cases["exact"].score  # the closed form draws no probe
 
 
 def _kept(case):
@@ -589,7 +595,7 @@ def _kept(case):
 def test_a_case_under_smoke_has_its_own_key_unless_nothing_changed(tmp_path):
     cases = load(tmp_path, SPEC + SHRUNK).cases
     same = {name for name, case in cases.items() if smoke(case).key == case.key}
-    assert same == {"small"}
+    assert same == {"small", "exact"}
     assert smoke(cases["small"]) == cases["small"]
     keys = [smoke(case).key for case in cases.values()]
     assert len(set(keys)) == len(keys)
