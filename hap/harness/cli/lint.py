@@ -79,7 +79,7 @@ def lint(
         runs = every.setdefault(spec.name, {})
         found += _records(path, spec, results, runs)
         files = [results / "tables" / f"{spec.name}.{kind}" for kind in KINDS]
-        found += _claims(path, spec, runs, unknown)
+        found += [*_claims(path, spec, runs, unknown), *_bits(results, spec, runs)]
         if lacks := tables.lacking(spec, runs):
             found.append(Finding(path, f"metric {spec.metric} must be in all of its records", lacks))
         elif any(runs.values()) or any(file.exists() for file in files):
@@ -133,6 +133,14 @@ def _claims(path: Path, spec: Spec, runs: Runs, unknown: Callable[[str], None]) 
     if grouping.unknown:
         named = ", ".join(commit[:10] for commit in grouping.unknown)
         unknown(f"{path}: how its claims were grouped is not known, for git does not have it at {named}")
+
+
+def _bits(results: Path, spec: Spec, runs: Runs) -> Findings:
+    """Bits of dense networks that no record has."""
+    needed = set[str]().union(*(outcomes.files(run.outcomes) for run in chain(*runs.values())))
+    for file in sorted((results / spec.name / outcomes.FOLDER).glob("*")):
+        if file.name not in needed:
+            yield Finding(file, "bits must be of a record", file.name)
 
 
 def _record(file: Path, spec: Spec, case: Case, whole: list[Run]) -> Findings:

@@ -84,11 +84,16 @@ def detached(outcomes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The same for a file: what many records have in common is written once into the folder, and named by its hash."""
     kept = dict(outcomes)
     for name in (each for each in ONCE if each in outcomes):
-        content = f"{outcomes[name]}\n".encode()
+        content = _content(outcomes[name])
         kept[name] = digest = sha256(content).hexdigest()
         if not (file := folder / FOLDER / f"{digest}.txt").exists():
             atomic_write(file, content)
     return kept
+
+
+def files(outcomes: Mapping[str, Any]) -> set[str]:
+    """The names of the files in the folder of bits that a record needs, when they are attached."""
+    return {f"{sha256(_content(outcomes[name])).hexdigest()}.txt" for name in ONCE if name in outcomes}
 
 
 def attached(outcomes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -140,6 +145,10 @@ def _over(above: Counts, below: Counts) -> Counts:
 
 
 METRICS: dict[str, Callable[[Counts, Counts, Counts, Counts], Counts]] = {"f1": _f1, "matthews": _matthews}
+
+
+def _content(text: str) -> bytes:
+    return f"{text}\n".encode()
 
 
 def _pack(bits: Bits) -> str:

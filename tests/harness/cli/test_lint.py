@@ -2,6 +2,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fakes import SPEC, fake_run, write_spec
 from typer.testing import CliRunner
@@ -10,6 +11,7 @@ from hap.harness.cli import app as cli
 from hap.harness.cli.lint import lint
 from hap.harness.records import checks as integrity
 from hap.harness.records import store
+from hap.harness.records.outcomes import STAGES, Said, packed
 from hap.harness.report import write as report
 from hap.harness.spec.spec import load_spec
 from hap.harness.verdicts import families
@@ -442,3 +444,17 @@ def test_what_git_does_not_know_of_families_is_said_and_is_no_finding(folder):
     assert not [each for each in wrong if "family" in each.rule]
     assert len(lines) == 1
     assert lines[0].endswith("how its claims were grouped is not known, for git does not have it at aaaaaaaaaa")
+
+
+def test_bits_that_no_record_has_are_found(folder):
+    case = load_spec(folder / "reproductions" / "table.toml").cases["hap"]
+    right = Said(np.zeros(1000, int), np.zeros(1000, int))
+    bits = packed(dict.fromkeys(STAGES, right), {"dense": {}})
+    run = honest(case, 0)
+    metrics = {stage: {**run.metrics[stage], "accuracy": 100.0} for stage in STAGES}
+    store.save(replace(run, outcomes=bits, metrics={**run.metrics, **metrics}), folder / "results")
+    assert not [line for line in found(folder) if "bits" in line]
+    store.save(run, folder / "results")
+    (line,) = found(folder)
+    assert line.startswith("results/table/bits/")
+    assert "bits must be of a record" in line
